@@ -1,0 +1,329 @@
+"""
+The value of every training sample, from the backward pass that trains on it.
+
+Give sample i its own weights theta + alpha_i * D and look at alpha = 0: d l_i / d alpha_i = <grad l_i, D>. So a
+vector of B zeros that the forward pass carries and never uses receives, as its gradient, the dot product of every
+sample's gradient with the direction D. The layers below know how to compute that derivative from what their weight
+gradient needs anyway; autograd sums it over layers, over the two uses of a tied weight and over micro-steps, because
+a derivative is linear.
+
+With G = grad of the mean loss of m validation windows, eta the learning rate, c the clipping coefficient and B the
+batch:
+
+    value_i = eta * c / B * <grad l_i, D>        D = G ('sgd') or P * G ('adam'), P = AdamW's 1 / (sqrt(v_hat) + eps)
+
+is the decrease of the validation loss, in nats, that sample i causes at this step to first order: the first-order
+In-Run Data Shapley of arXiv 2406.11011 (Sec. 4.1; its sign is the opposite, since its utility is the change of the
+loss).
+
+    dots = dot_products(model, x, y, x_val, y_val)        # (B,): nothing else is needed for a single batch
+"""
+
+import glob
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from configurator import UserError
+from files import atomic_write
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layers. Each is its torch.nn namesake until alpha, (B,), is given. X is the input (B, T, in), dY the gradient of
+# the output (B, T, out). Under autocast a linear casts its own operands, as autocast would, and saves the cast ones;
+# weight gradients and dot products accumulate in float32 (float64 for float64 weights).
+
+
+class Linear(nn.Linear):
+    def forward(self, x, alpha=None):
+        if alpha is None:
+            return super().forward(x)
+        directions = self.weight_direction, self.bias_direction if self.bias is not None else None
+        return _Linear.apply(x, self.weight, self.bias, alpha, *directions)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, alpha, weight_direction, bias_direction):
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = bias.to(dtype) if bias is not None else None
+        ctx.save_for_backward(x, weight, weight_direction, bias_direction)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, weight_direction, bias_direction = ctx.saved_tensors
+        dx = dy @ weight
+        dw, dot = linear_grad(x, dy, weight_direction)
+        db = None
+        if bias_direction is not None:
+            sample_db = dy.sum(1, dtype=bias_direction.dtype)  # (B, out)
+            db = sample_db.sum(0)
+            dot = dot + sample_db @ bias_direction
+        return dx, dw, db, dot, None, None
+
+
+@torch.library.custom_op("data_value::linear_grad", mutates_args=())
+def linear_grad(x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    x (B, T, in), dy (B, T, out), direction (out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), and every
+    sample's share of it dotted with the direction, (B,), both in the direction's dtype.
+
+    The weight gradient is accumulated one sample at a time anyway; the dot of the running sum with the direction,
+    taken after each sample, gives every sample's dot as a difference. No multiplications beyond B * out * in.
+    """
+    x, dy = x.to(direction.dtype), dy.to(direction.dtype)
+    dw = torch.zeros_like(direction)
+    running = direction.new_zeros(len(x) + 1)
+    for i in range(len(x)):
+        dw.addmm_(dy[i].T, x[i])
+        running[i + 1] = torch.dot(dw.view(-1), direction.view(-1))
+    return dw, running.diff()
+
+
+@linear_grad.register_fake
+def _(x, dy, direction):
+    return torch.empty_like(direction), direction.new_empty(len(x))
+
+
+class Embedding(nn.Embedding):
+    def forward(self, idx, alpha=None):
+        """
+        idx: (B, T), or (T,) for positions that all samples share; returns (B, T, C), or (T, C) for (T,) without
+        alpha.
+        """
+        if alpha is None:
+            return super().forward(idx)
+        return _Embedding.apply(idx, self.weight, alpha, self.weight_direction)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, idx, weight, alpha, direction):
+        ctx.save_for_backward(idx, direction)
+        return F.embedding(idx, weight).expand(len(alpha), -1, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        idx, direction = ctx.saved_tensors
+        dot = (dy * F.embedding(idx, direction)).sum((1, 2))
+        if idx.dim() == 1:
+            dy = dy.sum(0)
+        dw = torch.ops.aten.embedding_dense_backward(dy, idx, len(direction), -1, False)
+        return None, dw, dot, None
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x, alpha=None):
+        if alpha is None:
+            return super().forward(x)
+        directions = self.weight_direction, self.bias_direction if self.bias is not None else None
+        return _LayerNorm.apply(x, self.weight, self.bias, alpha, *directions, self.eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, alpha, weight_direction, bias_direction, eps):
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd, weight_direction, bias_direction)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, mean, rstd, weight_direction, bias_direction = ctx.saved_tensors
+        only_dx = [True, False, False]
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, None, only_dx)
+        sample_dw = (dy * ((x - mean) * rstd)).sum(1)  # (B, C)
+        dw, db = sample_dw.sum(0), None
+        dot = sample_dw @ weight_direction
+        if bias_direction is not None:
+            sample_db = dy.sum(1)
+            db = sample_db.sum(0)
+            dot = dot + sample_db @ bias_direction
+        return dx, dw, db, dot, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The direction.
+
+
+def attach_directions(model):
+    """
+    Give every layer of `model` a buffer beside each of its parameters to hold that parameter's slice of the
+    direction, and return {parameter: buffer}. A tied parameter has one buffer, shared. Call it when the model is on
+    its device; it may be called again. The buffers are not in the state dict.
+
+    Raises ValueError naming every trainable parameter that is not held by one of this file's layers: its part of the
+    dot products would be missing.
+    """
+    buffers = {}
+    for module in model.modules():
+        if isinstance(module, (Linear, Embedding, LayerNorm)):
+            for name, p in module.named_parameters(recurse=False):
+                buffers.setdefault(p, torch.zeros_like(p, requires_grad=False))
+                module.register_buffer(f"{name}_direction", buffers[p], persistent=False)
+    missed = [name for name, p in model.named_parameters() if p.requires_grad and p not in buffers]
+    if missed:
+        raise ValueError(
+            f"no values without these parameters, which no layer of data_value.py holds: {', '.join(missed)}"
+        )
+    return buffers
+
+
+def validation_gradient(model, x_val, y_val, micro_batch_size=None):
+    """
+    G, {parameter: gradient} of the mean loss of the windows x_val, y_val, (m, T), with the model in eval mode and
+    `.grad` untouched, and that loss, a scalar tensor in nats. At most `micro_batch_size` windows are computed at a
+    time.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.eval()
+    gradient, total = None, 0.0
+    for x, y in zip(
+        x_val.split(micro_batch_size or len(x_val)), y_val.split(micro_batch_size or len(y_val)), strict=True
+    ):
+        _, loss = model(x, y)
+        loss = loss * (len(x) / len(x_val))
+        part = torch.autograd.grad(loss, params)
+        total = total + loss.detach()
+        if gradient is None:
+            gradient = part
+        else:
+            torch._foreach_add_(gradient, part)
+    model.train(training)
+    return dict(zip(params, gradient, strict=True)), total
+
+
+def set_direction(buffers, gradient, optimizer=None):
+    """
+    Fill the buffers of `attach_directions` with D. Without an optimizer D = G. With an AdamW, D = P * G for the step
+    that it is about to take: v' = beta2 * v + (1 - beta2) * G^2 and its bias correction, so that a fresh state does
+    not give 1 / eps.
+    """
+    if optimizer is None:
+        for p, g in gradient.items():
+            buffers[p].copy_(g)
+        return
+    for group in optimizer.param_groups:
+        beta2, eps = group["betas"][1], group["eps"]
+        for p in group["params"]:
+            state, g, d = optimizer.state[p], gradient[p], buffers[p]
+            step = state["step"] + 1 if state else 1
+            if state:
+                torch.mul(state["exp_avg_sq"], beta2, out=d)
+            else:
+                d.zero_()
+            d.addcmul_(g, g, value=1 - beta2).div_(1 - beta2**step).sqrt_().add_(eps)
+            torch.div(g, d, out=d)
+
+
+def dot_products(model, x, y, x_val, y_val):
+    """
+    <grad l_i, G> for every sample i of the batch x, y, (B, T), where l_i is its mean token loss and G the gradient of
+    the mean loss of the windows x_val, y_val, (m, T): a (B,) tensor. No parameter's `.grad` changes. `model` is built
+    of this file's layers and `model(x, y, alpha)` returns (anything, mean loss); raises ValueError for a trainable
+    parameter outside them.
+    """
+    buffers = attach_directions(model)
+    gradient, _ = validation_gradient(model, x_val, y_val)
+    set_direction(buffers, gradient)
+    alpha = next(iter(buffers.values())).new_zeros(len(x), requires_grad=True)
+    _, loss = model(x, y, alpha)
+    (dots,) = torch.autograd.grad(loss, alpha)
+    return dots * len(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log of dot products in a run's folder, and the values that it adds up to.
+
+LOG_SHAPES = {"iter": 1, "lr": 1, "clip": 1, "sample_id": 2, "dot_product": 2}
+
+
+def write_log(out_dir, iter_num, entries):
+    """
+    Write the steps before `iter_num` that no earlier file holds to dot_prod/dot_prod_log_iter_<iter_num>.pt:
+    `entries` is a list of {iter: int, lr: float, clip: scalar, sample_id: (B,) int64, dot_product: (B,) float32},
+    which become tensors of one more dimension.
+    """
+    log = {
+        "iter": torch.tensor([entry["iter"] for entry in entries]),
+        "lr": torch.tensor([entry["lr"] for entry in entries], dtype=torch.float64),
+        "clip": torch.stack([torch.as_tensor(entry["clip"]) for entry in entries]).double().cpu(),
+        "sample_id": torch.stack([torch.as_tensor(entry["sample_id"]) for entry in entries]),
+        "dot_product": torch.stack([entry["dot_product"] for entry in entries]).float().cpu(),
+    }
+    os.makedirs(os.path.join(out_dir, "dot_prod"), exist_ok=True)
+    with atomic_write(os.path.join(out_dir, "dot_prod", f"dot_prod_log_iter_{iter_num}.pt")) as file:
+        torch.save(log, file)
+
+
+def log_files(out_dir):
+    """The paths of a run's dot-product log in order, as {iteration in the name: path}."""
+    paths = glob.glob(os.path.join(glob.escape(out_dir), "dot_prod", "dot_prod_log_iter_*.pt"))
+    numbered = {
+        int(os.path.basename(path).removeprefix("dot_prod_log_iter_").removesuffix(".pt")): path for path in paths
+    }
+    return dict(sorted(numbered.items()))
+
+
+def read_log(out_dir):
+    """
+    A run's whole log as numpy arrays: iter, lr, clip (k,), sample_id, dot_product (k, B), and value (k, B), in nats:
+    lr * clip / B * dot_product. Raises UserError where there is none, a file does not load, or an iteration is
+    missing or there twice.
+    """
+    files = log_files(out_dir)
+    if not files:
+        raise UserError(f"{out_dir}/dot_prod: no dot-product log there; make one with --score=True --out_dir={out_dir}")
+    parts = []
+    for path in files.values():
+        try:
+            part = torch.load(path, weights_only=True)
+            shapes = {key: part[key].dim() for key in LOG_SHAPES}
+        except Exception as error:
+            raise UserError(f"{path}: not a dot-product log ({type(error).__name__})") from error
+        if shapes != LOG_SHAPES:
+            raise UserError(f"{path}: not a dot-product log (dimensions {shapes})")
+        parts.append(part)
+    log = {key: torch.cat([part[key] for part in parts]).numpy() for key in LOG_SHAPES}
+    if not np.array_equal(log["iter"], np.arange(len(log["iter"]))):
+        raise UserError(f"{out_dir}/dot_prod: iterations are missing or there twice; run it anew in another --out_dir")
+    scale = log["lr"] * log["clip"] / log["sample_id"].shape[1]
+    log["value"] = scale[:, None] * log["dot_product"].astype(np.float64)
+    return log
+
+
+def write_values(out_dir):
+    """
+    Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,)
+    int64.
+    """
+    log = read_log(out_dir)
+    sample_id, where, visits = np.unique(log["sample_id"], return_inverse=True, return_counts=True)
+    value = np.bincount(where.ravel(), weights=log["value"].ravel(), minlength=len(sample_id))
+    with atomic_write(os.path.join(out_dir, "values.npz")) as file:
+        np.savez(file, sample_id=sample_id, value=value, visits=visits)
+
+
+def load_values(out_dir):
+    """(sample_id, value, visits) of a scored run, sorted by id. Raises UserError where they are missing or damaged."""
+    path = os.path.join(out_dir, "values.npz")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; a run with --score=True writes it when it reaches its max_iters")
+    try:
+        with np.load(path, allow_pickle=False) as values:
+            sample_id, value, visits = values["sample_id"], values["value"], values["visits"]
+    except Exception as error:
+        raise UserError(
+            f"{path}: damaged ({type(error).__name__}); resume its run with --init_from=resume to write it again"
+        ) from error
+    return sample_id, value, visits

@@ -1,0 +1,168 @@
+"""
+GPT-2, in nanoGPT's shape and with its parameter names, so that checkpoints of either load in the other.
+
+The one addition is `alpha`, a vector of B zeros that rides along to every layer with weights. The forward pass never
+uses it; its gradient is the dot product of every sample's gradient with the direction that the layers hold
+(data_value.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from configurator import UserError
+from data_value import Embedding, LayerNorm, Linear
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x, alpha=None):
+        B, T, C = x.size()
+        # q, k, v: (B, n_head, T, C / n_head)
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for part in self.c_attn(x, alpha).split(C, dim=2)
+        )
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)
+        return self.resid_dropout(self.c_proj(y, alpha))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh")  # what GPT-2 was trained with; nanoGPT's is the exact one
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, alpha=None):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x, alpha)), alpha))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, alpha=None):
+        x = x + self.attn(self.ln_1(x, alpha), alpha)
+        x = x + self.mlp(self.ln_2(x, alpha), alpha)
+        return x
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50,257 rounded up to a multiple of 64, for efficiency
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # biases in the linears and the layer norms, as in GPT-2
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=Embedding(config.vocab_size, config.n_embd),
+                wpe=Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # two residual additions a layer: keep the sum's variance (GPT-2, 2.3)
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+
+    def forward(self, idx, targets=None, alpha=None):
+        """
+        idx, targets: (B, T) int64 token ids, T <= block_size; alpha: (B,) zeros that require a gradient, or None.
+        Returns (logits, loss): logits (B, T, vocab_size) and the mean token loss in nats, None without targets.
+        """
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size = {self.config.block_size}")
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx, alpha) + self.transformer.wpe(pos, alpha))
+        for block in self.transformer.h:
+            x = block(x, alpha)
+        logits = self.lm_head(self.transformer.ln_f(x, alpha), alpha)
+        loss = None
+        if targets is not None:
+            full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(full.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+    @classmethod
+    def from_pretrained(cls, name, dropout=0.0):
+        """
+        GPT-2 with the weights of `name`: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a local folder in
+        transformers' format. Raises UserError where transformers is not installed or the weights cannot be had.
+        """
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError:
+            raise UserError(f"--init_from={name} needs transformers: pip install transformers") from None
+        try:
+            source = GPT2LMHeadModel.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            message = str(error).strip().splitlines()[0]
+            raise UserError(f"--init_from={name}: transformers could not load it: {message}") from error
+        c = source.config
+        shape = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head)
+        model = cls(GPTConfig(**shape, n_embd=c.n_embd, dropout=dropout, bias=True))
+        ours, theirs = model.state_dict(), source.state_dict()
+        # transformers keeps GPT-2's Conv1D layout, (in, out), for these four
+        transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+        for key in ours:
+            ours[key] = theirs[key].t() if key.endswith(transposed) else theirs[key]
+        model.load_state_dict(ours)
+        return model
+
+    def crop_block_size(self, block_size):
+        """Keep the first `block_size` positions, to train a pretrained model on shorter windows."""
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+
+    def configure_optimizers(self, name, weight_decay, learning_rate, betas, device_type):
+        """'adamw' or 'sgd' (without momentum); matrices and embeddings decay, biases and layer norms do not."""
+        params = list(self.parameters())
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = device_type in ("cpu", "cuda")
+        if name == "sgd":
+            return torch.optim.SGD(groups, lr=learning_rate, fused=fused)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)

@@ -1,0 +1,204 @@
+"""Dot products and gradients against the slow obvious twin: one autograd backward per sample, plain PyTorch."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import data_value
+from data_value import attach_directions, dot_products, set_direction, validation_gradient
+from model import GPT, GPTConfig
+
+
+def relative_error(ours, oracle):
+    return ((ours.double() - oracle).norm() / oracle.norm()).item()
+
+
+def tokens(vocab_size, *shape):
+    return torch.randint(vocab_size, shape)
+
+
+def trained_model(dtype=torch.float64, steps=5, **shape):
+    """A small GPT moved off its initialisation, so that no bias is zero and no layer norm the identity."""
+    model = GPT(GPTConfig(**shape)).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        x = tokens(shape["vocab_size"], 4, shape["block_size"])
+        model(x, x.flip(1))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def brute_force(model, x, y, direction):
+    """<grad l_i, direction> with a batch of one at a time, in float64, without alpha."""
+    model = copy.deepcopy(model).double()
+    dots = []
+    for i in range(len(x)):
+        _, loss = model(x[i : i + 1], y[i : i + 1])
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        dots.append(sum((g * d.double()).sum() for g, d in zip(gradient, direction, strict=True)))
+    return torch.stack(dots)
+
+
+def validation_oracle(model, x_val, y_val):
+    model = copy.deepcopy(model).double().eval()
+    losses = [model(x[None], y[None])[1] for x, y in zip(x_val, y_val, strict=True)]
+    return torch.autograd.grad(sum(losses) / len(losses), list(model.parameters()))
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "n_layer": st.integers(1, 3),
+        "n_head": st.integers(1, 3),
+        "head": st.integers(2, 9),
+        "T": st.integers(1, 12),
+        "B": st.integers(1, 6),
+        "m": st.integers(1, 5),
+        "vocab_size": st.integers(2, 70),
+        "bias": st.booleans(),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@settings(max_examples=25, deadline=None)
+@given(s=shapes)
+def test_dots_equal_batch_of_one_autograd(dtype, tolerance, s):
+    torch.manual_seed(s["seed"])
+    T, B, m, V = s["T"], s["B"], s["m"], s["vocab_size"]
+    shape = dict(block_size=T + 1, vocab_size=V, n_layer=s["n_layer"], n_head=s["n_head"], bias=s["bias"])
+    model = trained_model(dtype, n_embd=s["n_head"] * s["head"], **shape)
+    x, y, x_val, y_val = tokens(V, B, T), tokens(V, B, T), tokens(V, m, T), tokens(V, m, T)
+    direction = validation_oracle(model, x_val, y_val)
+    oracle = brute_force(model, x, y, direction)
+    dots = dot_products(model, x, y, x_val, y_val)
+    assert dots.shape == (B,) and all(p.grad is None for p in model.parameters())
+    # Cauchy-Schwarz bounds what rounding can do where a small batch's dots cancel to nearly nothing
+    scale = sum((d**2).sum() for d in direction).item()
+    assert (dots.double() - oracle).norm() <= tolerance * max(oracle.norm().item(), scale)
+
+
+@pytest.mark.parametrize("shape", [(16, 128, 64, 4), (8, 256, 96, 2)])
+def test_float32_error_at_a_real_size(shape):
+    torch.manual_seed(0)
+    B, T, C, n_layer = shape
+    model = trained_model(torch.float32, block_size=T, vocab_size=257, n_layer=n_layer, n_head=4, n_embd=C)
+    x, y, x_val, y_val = (tokens(257, n, T) for n in (B, B, 4, 4))
+    oracle = brute_force(model, x, y, validation_oracle(model, x_val, y_val))
+    assert relative_error(dot_products(model, x, y, x_val, y_val), oracle) < 1e-5
+
+
+def test_untied_head_and_a_weight_used_three_times():
+    """The derivative is linear: nothing in the layers may assume that a weight is used once."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = data_value.Embedding(11, 8)
+            self.layer = data_value.Linear(8, 8)
+            self.head = data_value.Linear(8, 11)
+
+        def forward(self, x, y, alpha=None):
+            h = self.embed(x, alpha)
+            for _ in range(3):
+                h = torch.tanh(self.layer(h, alpha))
+            logits = self.head(h, alpha)
+            return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    torch.manual_seed(0)
+    model = Net().double()
+    x, y, x_val, y_val = tokens(11, 5, 7), tokens(11, 5, 7), tokens(11, 3, 7), tokens(11, 3, 7)
+    oracle = brute_force(model, x, y, validation_oracle(model, x_val, y_val))
+    assert relative_error(dot_products(model, x, y, x_val, y_val), oracle) < 1e-10
+
+
+def scored_backward(model, batches):
+    """What train.py does with the micro-batches of a step: the dots of all their samples, the gradient in `.grad`."""
+    dots = []
+    for x, y in batches:
+        alpha = torch.zeros(len(x), dtype=next(model.parameters()).dtype, requires_grad=True)
+        (model(x, y, alpha)[1] / len(batches)).backward()
+        dots.append(alpha.grad * len(x) * len(batches))
+    return torch.cat(dots)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("micro_steps", [1, 4])
+def test_gradients_with_scoring_equal_those_without(bias, micro_steps):
+    torch.manual_seed(1)
+    shape = dict(block_size=10, vocab_size=31, n_layer=2, n_head=2, n_embd=12, bias=bias)
+    model = trained_model(**shape)
+    x, y, x_val, y_val = tokens(31, 8, 10), tokens(31, 8, 10), tokens(31, 3, 10), tokens(31, 3, 10)
+    plain = torch.autograd.grad(model(x, y)[1], list(model.parameters()))
+
+    model.zero_grad()
+    buffers = attach_directions(model)
+    gradient, _ = validation_gradient(model, x_val, y_val, micro_batch_size=2)
+    set_direction(buffers, gradient)
+    batches = list(zip(x.chunk(micro_steps), y.chunk(micro_steps), strict=True))
+    dots = scored_backward(model, batches)
+    for p, g in zip(model.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-11, atol=1e-13)
+    oracle = brute_force(model, x, y, validation_oracle(model, x_val, y_val))
+    assert relative_error(dots, oracle) < 1e-10
+
+
+def test_scoring_changes_neither_the_loss_nor_the_dropout_masks():
+    shape = dict(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, dropout=0.5)
+    model = trained_model(**shape).train()
+    x, y = tokens(20, 4, 8), tokens(20, 4, 8)
+    torch.manual_seed(7)
+    plain = torch.autograd.grad(model(x, y)[1], list(model.parameters()))
+    buffers = attach_directions(model)
+    torch.manual_seed(7)
+    gradient, _ = validation_gradient(model, x, y)  # draws no random numbers
+    assert model.training
+    set_direction(buffers, gradient)
+    model.zero_grad()
+    scored_backward(model, [(x, y)])
+    for p, g in zip(model.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-11, atol=1e-13)
+
+
+def test_bfloat16_autocast_accumulates_in_float32():
+    torch.manual_seed(2)
+    model = trained_model(torch.float32, steps=30, block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
+    x, y, x_val, y_val = tokens(65, 8, 32), tokens(65, 8, 32), tokens(65, 4, 32), tokens(65, 4, 32)
+    oracle = brute_force(model, x, y, validation_oracle(model, x_val, y_val))
+    buffers = attach_directions(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradient, _ = validation_gradient(model, x_val, y_val)
+        assert all(g.dtype == torch.float32 for g in gradient.values())
+        set_direction(buffers, gradient)
+        alpha = torch.zeros(8, requires_grad=True)
+        _, loss = model(x, y, alpha)
+    loss.backward()
+    assert relative_error(alpha.grad * 8, oracle) < 0.02
+
+
+def test_a_parameter_outside_the_layers_is_refused_by_name():
+    model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
+    model.scale = nn.Parameter(torch.ones(4))
+    model.extra = nn.Conv1d(4, 4, 3)
+    x = tokens(5, 2, 4)
+    with pytest.raises(ValueError, match=r"scale, extra.weight, extra.bias"):
+        dot_products(model, x, x, x, x)
+    model.extra.requires_grad_(False)
+    model.scale.requires_grad_(False)
+    assert dot_products(model, x, x, x, x).shape == (2,)
+
+
+def test_directions_stay_out_of_checkpoints_and_the_tied_weight_has_one():
+    model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
+    keys = set(model.state_dict())
+    buffers = attach_directions(model)
+    assert set(model.state_dict()) == keys
+    assert model.lm_head.weight_direction is model.transformer.wte.weight_direction
+    assert set(buffers) == set(model.parameters())
+    assert attach_directions(model).keys() == buffers.keys()
