@@ -1,0 +1,46 @@
+# make demo: from nothing to the figure in out/demo_report, in minutes on a laptop CPU. make test: ruff and the tests.
+# Both make the environment .venv first. What is done already is not done again; a run that was interrupted goes on.
+
+PYTHON ?= python3
+VENV = .venv/bin
+# --init_from=resume once the run of the folder $(1) has a checkpoint
+resume = $(if $(wildcard $(1)/ckpt.pt),--init_from=resume)
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: out/demo_baseline/values.npz out/demo_control/done out/demo_filtered/done
+	$(VENV)/python report.py out/demo_baseline out/demo_control out/demo_filtered --out=out/demo_report
+
+out/demo_baseline/values.npz: data/python/meta.json
+	$(VENV)/python train.py config/demo_baseline.py $(call resume,out/demo_baseline)
+
+out/demo_control/done: out/demo_baseline/values.npz
+	$(VENV)/python train.py config/demo_filtered.py $(call resume,out/demo_control)
+	touch $@
+
+out/demo_filtered/done: out/demo_baseline/values.npz
+	$(VENV)/python train.py config/demo_filtered.py --filter_negative=True $(call resume,out/demo_filtered)
+	touch $@
+
+data/python/meta.json: | .venv/installed
+	$(VENV)/python prepare_owt.py --source=python
+
+test: .venv/installed-test lint
+	$(VENV)/python -m pytest -m "not slow"
+
+lint: .venv/installed-test
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-test: requirements-test.txt .venv/installed
+	$(VENV)/python -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf out/demo_baseline out/demo_control out/demo_filtered out/demo_report data/python

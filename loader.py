@@ -1,0 +1,150 @@
+"""
+Which windows a run sees, and when.
+
+Window i of a split is its tokens [i*T, i*T + T], T = block_size: x is the first T of them, y the last T. The order is
+a pure function of (seed, stream, position): every epoch visits each eligible window once, in an order that a keyed
+permutation computes on the fly, so that memory does not grow with the corpus and the state of a run is one integer,
+its position.
+"""
+
+import numpy as np
+import torch
+
+from configurator import UserError
+
+TRAIN, VAL, TEST, DROP = range(4)  # streams: sequences that know nothing of each other
+
+
+def mix(x):
+    """
+    Scramble uint64s, an array of at least one dimension: the finaliser of splitmix64 (Steele, Lea and Flood 2014,
+    Fig. 16).
+    """
+    x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index, n, key):
+    """
+    A keyed bijection of 0 .. n-1: index, key (k,) uint64 -> (k,) uint64. A Feistel network permutes the next power of
+    four; what falls outside n is permuted again until it falls inside (cycle-walking: Black and Rogaway 2002, Sec.
+    4).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    x = index.copy()
+    outside = np.arange(len(x))
+    while len(outside):
+        left, right = x[outside] >> half, x[outside] & mask
+        for round_ in range(6):
+            left, right = right, left ^ (mix(mix(key[outside] + np.uint64(round_)) ^ right) & mask)
+        x[outside] = left << half | right
+        outside = outside[x[outside] >= n]
+    return x
+
+
+def dropped(ids, seed, share):
+    """
+    Which of the ids, (k,) int64, belong to the random `share` that this seed drops: (k,) bool, always the same
+    ones.
+    """
+    key = mix(mix([seed]) + np.uint64(DROP))
+    return mix(ids.astype(np.uint64) + key) < np.uint64(int(share * 2**64))
+
+
+class WindowOrder:
+    """
+    The sequence of window ids of one stream. The windows are 0 .. n_windows-1 or the array `ids`; those in the sorted
+    array `rejected`, and a random share `drop_random`, are passed over.
+    """
+
+    def __init__(self, n_windows, seed, stream, ids=None, rejected=None, drop_random=0.0):
+        self.n = n_windows if ids is None else len(ids)
+        self.seed, self.ids, self.rejected, self.drop_random = seed, ids, rejected, drop_random
+        self.key = mix(mix([seed]) + np.uint64(stream))
+
+    def at(self, position):
+        """The ids at the positions (k,), those passed over included: (k,) int64."""
+        epoch, index = np.divmod(position.astype(np.uint64), np.uint64(self.n))
+        index = permute(index, self.n, mix(epoch + self.key)).astype(np.int64)
+        return index if self.ids is None else self.ids[index]
+
+    def accepts(self, ids):
+        """Which of the ids (k,) are not passed over: (k,) bool."""
+        ok = np.ones(len(ids), dtype=bool)
+        if self.drop_random:
+            ok &= ~dropped(ids, self.seed, self.drop_random)
+        if self.rejected is not None and len(self.rejected):
+            nearest = np.searchsorted(self.rejected, ids).clip(max=len(self.rejected) - 1)
+            ok &= self.rejected[nearest] != ids
+        return ok
+
+    def take(self, position, count):
+        """The next `count` ids from `position` on, (count,) int64, and the position behind them."""
+        taken = np.empty(0, dtype=np.int64)
+        while len(taken) < count:
+            ids = self.at(position + np.arange(count))
+            accepted = np.flatnonzero(self.accepts(ids))[: count - len(taken)]
+            taken = np.concatenate([taken, ids[accepted]])
+            position += int(accepted[-1]) + 1 if len(taken) == count else count
+        return taken, position
+
+
+def count_windows(data, block_size):
+    return max(0, (len(data) - 1) // block_size)
+
+
+def get_batch(data, ids, block_size, vocab_size, device):
+    """
+    The windows `ids`, (k,), of the tokens `data`: x, y, (k, T) int64 on `device`. Raises UserError for a token id
+    that the model has no embedding for.
+    """
+    windows = data[ids[:, None] * block_size + np.arange(block_size + 1)]
+    if windows.max() >= vocab_size:
+        found = f"token id {windows.max()} in window {ids[windows.max(1).argmax()]}"
+        raise UserError(
+            f"{data.filename}: {found}, but vocab_size = {vocab_size}; prepare the corpus again or raise --vocab_size"
+        )
+    windows = torch.from_numpy(windows.astype(np.int64))
+    if torch.device(device).type == "cuda":
+        windows = windows.pin_memory().to(device, non_blocking=True)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def training_order(n_windows, seed, filter_negative, filter_pool, drop_random, scored=None):
+    """
+    The training stream, and what it covers. `scored` is (sample_id, value) of the run that the filter goes by, or
+    None.
+
+    filter_pool 'scored' draws from the scored windows, 'all' from the whole corpus; with `filter_negative` those of
+    negative value are rejected and the next of the sequence taken. Returns (order, coverage): coverage counts the
+    windows in the corpus, scored, negative and eligible, and `touchable`, the share of draws that the filter can
+    touch; None without `scored`. Raises UserError where nothing is eligible.
+    """
+    if scored is None:
+        return WindowOrder(n_windows, seed, TRAIN, drop_random=drop_random), None
+    sample_id, value = scored
+    negative = sample_id[value < 0]
+    if filter_pool == "scored":
+        keep = ~dropped(sample_id, seed, drop_random)
+        if filter_negative:
+            keep &= value >= 0
+        eligible, touchable = int(keep.sum()), 1.0
+        order = WindowOrder(n_windows, seed, TRAIN, ids=sample_id[keep])
+    else:
+        rejected = negative if filter_negative else negative[:0]
+        eligible = n_windows - len(rejected)
+        touchable = len(sample_id) / n_windows
+        if drop_random:  # every draw is tossed for, and counting who wins would take the whole corpus
+            eligible, touchable = round(n_windows * (1 - drop_random)), 1.0
+        order = WindowOrder(n_windows, seed, TRAIN, rejected=rejected, drop_random=drop_random)
+    if eligible == 0:
+        what = f"{len(negative)} of {len(sample_id)} scored windows are negative"
+        mend = "score with a larger --val_batch_size, or let unscored windows in with --filter_pool=all"
+        raise UserError(f"nothing is left to train on: {what}, drop_random = {drop_random}; {mend}")
+    coverage = dict(
+        corpus=n_windows, scored=len(sample_id), negative=len(negative), eligible=eligible, touchable=touchable
+    )
+    return order, coverage

@@ -1,0 +1,124 @@
+"""The order of the windows: every eligible one once an epoch, wherever one starts, whatever is rejected."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loader import TEST, TRAIN, VAL, WindowOrder, count_windows, get_batch, permute, training_order
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permute_is_a_bijection(n, key):
+    index = np.arange(n, dtype=np.uint64)
+    assert np.array_equal(np.sort(permute(index, n, np.full(n, key, dtype=np.uint64))), index)
+
+
+def test_permutations_look_random_and_differ():
+    n = 1000
+    index = np.arange(n, dtype=np.uint64)
+    a, b = (permute(index, n, np.full(n, key, dtype=np.uint64)).astype(float) for key in (1, 2))
+    for x, y in ((index.astype(float), a), (a, b), (a[1:], a[:-1])):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 0.1
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    n=st.integers(1, 200),
+    seed=st.integers(0, 2**63 - 1),
+    share=st.sampled_from([0.0, 0.3]),
+    reject=st.integers(0, 100),
+    sizes=st.lists(st.integers(1, 70), min_size=1, max_size=12),
+)
+def test_every_eligible_window_once_an_epoch_and_resumable_anywhere(n, seed, share, reject, sizes):
+    rejected = np.sort(np.random.default_rng(reject).permutation(n)[: n * reject // 101])
+    order = WindowOrder(n, seed, TRAIN, rejected=rejected, drop_random=share)
+    eligible = np.flatnonzero(order.accepts(np.arange(n)))
+    if len(eligible) == 0:
+        return
+    stream, _ = order.take(0, 3 * len(eligible))
+    for epoch in range(3):
+        assert np.array_equal(np.sort(stream[epoch * len(eligible) :][: len(eligible)]), eligible)
+    pieces, position = [], 0
+    for size in sizes:  # in pieces, each from the position that the last one left
+        ids, position = WindowOrder(n, seed, TRAIN, rejected=rejected, drop_random=share).take(position, size)
+        pieces.append(ids)
+    whole, end = order.take(0, sum(sizes))
+    assert np.array_equal(np.concatenate(pieces), whole) and end == position
+
+
+def test_streams_seeds_and_epochs_differ():
+    orders = [WindowOrder(500, seed, stream) for seed in (1, 2) for stream in (TRAIN, VAL, TEST)]
+    taken = [tuple(order.take(0, 500)[0]) for order in orders] + [tuple(orders[0].take(500, 500)[0])]
+    assert len(set(taken)) == 7
+
+
+def scored(n=100, negatives=30):
+    sample_id = np.arange(0, 3 * n, 3)
+    value = np.ones(n)
+    value[np.random.default_rng(0).permutation(n)[:negatives]] = -1.0
+    return sample_id, value
+
+
+def test_the_scored_pool_and_its_filter():
+    sample_id, value = scored()
+    control, coverage = training_order(1000, 5, False, "scored", 0.0, (sample_id, value))
+    assert sorted(control.take(0, 100)[0]) == sample_id.tolist()
+    assert coverage == dict(corpus=1000, scored=100, negative=30, eligible=100, touchable=1.0)
+    filtered, coverage = training_order(1000, 5, True, "scored", 0.0, (sample_id, value))
+    assert sorted(filtered.take(0, 70)[0]) == sample_id[value >= 0].tolist()
+    assert coverage["eligible"] == 70
+
+
+def test_the_whole_corpus_as_the_pool():
+    sample_id, value = scored()
+    order, coverage = training_order(1000, 5, True, "all", 0.0, (sample_id, value))
+    assert sorted(order.take(0, 970)[0]) == sorted(set(range(1000)) - set(sample_id[value < 0]))
+    assert coverage == dict(corpus=1000, scored=100, negative=30, eligible=970, touchable=0.1)
+
+
+@pytest.mark.parametrize("pool, n", [("scored", 5000), ("all", 20000)])
+def test_a_random_drop_of_a_share(pool, n):
+    order, coverage = training_order(20000, 3, False, pool, 0.25, scored(5000))
+    kept = set(order.take(0, 2 * n)[0])  # more than an epoch
+    assert len(kept) == pytest.approx(0.75 * n, rel=0.04) and coverage["eligible"] == pytest.approx(0.75 * n, rel=0.03)
+    again, _ = training_order(20000, 3, False, pool, 0.25, scored(5000))
+    assert np.array_equal(again.take(0, 99)[0], order.take(0, 99)[0])
+
+
+def test_nothing_left_is_refused():
+    sample_id, value = scored(100, 100)
+    for pool, n in (("scored", 1000), ("all", 100)):
+        ids = sample_id if pool == "scored" else np.arange(100)
+        with pytest.raises(SystemExit, match="100 of 100 scored windows are negative"):
+            training_order(n, 0, True, pool, 0.0, (ids, value))
+
+
+def test_memory_does_not_follow_the_corpus():
+    n = 10**9
+    rejected = np.arange(0, n, 10**5)
+    tracemalloc.start()
+    order = WindowOrder(n, 0, TRAIN, rejected=rejected)
+    ids, _ = order.take(0, 4096)
+    assert tracemalloc.get_traced_memory()[1] < 4e6
+    tracemalloc.stop()
+    assert len(set(ids)) == 4096 and ids.max() < n and ids.min() >= 0
+    assert np.histogram(ids, bins=8, range=(0, n))[0].min() > 400  # 512 expected in each eighth
+
+
+def test_a_batch_is_its_windows(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 50, 101).astype("<u2")
+    tokens.tofile(tmp_path / "x.bin")
+    data = np.memmap(tmp_path / "x.bin", dtype="<u2", mode="r")
+    assert count_windows(data, 10) == 10 and count_windows(data[:100], 10) == 9 and count_windows(data[:0], 10) == 0
+    x, y = get_batch(data, np.array([9, 0, 3]), 10, 50, "cpu")
+    assert x.dtype == torch.int64 and x.shape == (3, 10)
+    for row, i in enumerate((9, 0, 3)):
+        assert x[row].tolist() == tokens[i * 10 : i * 10 + 10].tolist()
+        assert y[row].tolist() == tokens[i * 10 + 1 : i * 10 + 11].tolist()
+    with pytest.raises(SystemExit, match=r"x.bin: token id \d+ in window 9, but vocab_size = 2"):
+        get_batch(data, np.array([9]), 10, 2, "cpu")

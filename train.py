@@ -1,0 +1,476 @@
+"""
+Trains GPT-2 and, in the same backward pass, values every training sample (data_value.py says how).
+
+    python train.py config/demo_baseline.py                        # a laptop, after: python prepare_owt.py
+    --source=python python train.py config/baseline.py                             # GPT-2 124M, every window of every
+    batch valued python train.py config/filtered.py                             # the control: the windows the
+    baseline has valued python train.py config/filtered.py --filter_negative=True      # the treatment: those of them
+    not below zero python train.py config/baseline.py --init_from=resume          # go on after an interruption, as if
+    there had been none python train.py --help                                         # the knobs
+
+A run's folder, out_dir, gets config.json, metrics.jsonl, ckpt.pt, dot_prod/ and, when the run has ended, values.npz.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from prepare_owt import load_meta, open_split
+from tqdm import tqdm
+
+from configurator import UserError, configure
+from data_value import (
+    attach_directions,
+    load_values,
+    log_files,
+    set_direction,
+    validation_gradient,
+    write_log,
+    write_values,
+)
+from files import atomic_write
+from loader import TEST, VAL, WindowOrder, count_windows, get_batch, training_order
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Knobs:
+    # the run
+    out_dir: str = "out"  # its folder; {arm} in it becomes 'filtered', 'random' or 'control', {seed} the seed
+    init_from: str = "scratch"  # 'scratch', 'resume', 'gpt2' (-medium, -large, -xl), a transformers folder, a ckpt.pt
+    seed: int = 1337  # of the weights, the dropout masks and the order of the windows
+    eval_interval: int = 250  # iterations between evaluations of the test loss
+    eval_iters: int = 50  # batches of batch_size test windows in it, always the same windows
+    checkpoint_interval: int = 1000  # iterations between checkpoints, each preceded by a file of dot products
+    log_interval: int = 10  # iterations between printed lines
+    wandb_log: bool = False  # also log to Weights & Biases
+    wandb_project: str = "data-value"
+    wandb_run_name: str = "gpt2"
+    # the data
+    data_dir: str = "data"
+    dataset: str = "openwebtext"  # the folder of data_dir that prepare_owt.py has written
+    batch_size: int = 16  # windows in a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches in an iteration
+    block_size: int = 1024  # tokens in a window
+    # the values
+    score: bool = False  # value every window of every batch
+    val_batch_size: int = 1  # m, the validation windows that a direction is made of, drawn anew every iteration
+    value_direction: str = "sgd"  # 'sgd': the validation gradient; 'adam': the same as AdamW would scale it
+    # the filter
+    filter_from: str = ""  # the folder of the scored run whose values decide
+    filter_pool: str = "scored"  # draw from the windows it has 'scored', or from 'all' of the corpus
+    filter_negative: bool = False  # reject windows of negative value
+    drop_random: float = 0.0  # reject this share of the windows at random instead (a control)
+    # the model
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    vocab_size: int = 0  # 0: the corpus's own
+    dropout: float = 0.0
+    bias: bool = True  # biases in linears and layer norms
+    # the optimiser
+    optimizer: str = "adamw"  # or 'sgd', without momentum
+    learning_rate: float = 6e-4
+    max_iters: int = 20000
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # 0: none
+    decay_lr: bool = True  # cosine from learning_rate to min_lr
+    warmup_iters: int = 2000
+    lr_decay_iters: int = 0  # 0: max_iters
+    min_lr: float = 6e-5
+    # the machine
+    device: str = "cuda"  # 'cpu', 'cuda', 'cuda:1', 'mps'
+    dtype: str = "bfloat16"  # autocast to bfloat16, or 'float32'
+    compile: bool = True  # torch.compile the model
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(message)
+
+        for key, value in asdict(self).items():
+            if type(value) in (int, float):
+                check(value >= 0, f"--{key}={value}: must not be negative")
+                may_be_zero = type(value) is float or key in ("seed", "vocab_size", "warmup_iters", "lr_decay_iters")
+                check(value > 0 or may_be_zero, f"--{key}={value}: must be positive")
+        check(self.seed < 2**63, f"--seed={self.seed}: must be below 2**63")
+        for key in ("dropout", "drop_random", "beta1", "beta2"):
+            check(getattr(self, key) < 1, f"--{key}={getattr(self, key)}: must be below 1")
+        choices = dict(value_direction=("sgd", "adam"), filter_pool=("scored", "all"), optimizer=("adamw", "sgd"))
+        for key, allowed in choices.items():
+            check(getattr(self, key) in allowed, f"--{key}={getattr(self, key)}: expected {' or '.join(allowed)}")
+        float16 = "float16 needs a loss scaler, which would scale the values too; " if self.dtype == "float16" else ""
+        check(self.dtype in ("bfloat16", "float32"), f"--dtype={self.dtype}: {float16}expected bfloat16 or float32")
+        heads = f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}"
+        check(self.n_embd % self.n_head == 0, heads)
+        adam = "--value_direction=adam needs --optimizer=adamw, whose scaling it takes"
+        check(self.value_direction == "sgd" or self.optimizer == "adamw" or not self.score, adam)
+        check(
+            not (self.filter_negative and self.drop_random),
+            "--filter_negative and --drop_random are two arms: take one",
+        )
+        unfiltered = "--filter_negative=True needs --filter_from=<out_dir of a scored run>"
+        check(not self.filter_negative or self.filter_from, unfiltered)
+        self.lr_decay_iters = self.lr_decay_iters or self.max_iters
+        if self.decay_lr:
+            check(
+                self.min_lr <= self.learning_rate,
+                f"--min_lr={self.min_lr} is above --learning_rate={self.learning_rate}",
+            )
+            late = f"--warmup_iters={self.warmup_iters} is not below --lr_decay_iters={self.lr_decay_iters}"
+            check(self.warmup_iters < self.lr_decay_iters, late)
+        arm = "filtered" if self.filter_negative else "random" if self.drop_random else "control"
+        self.out_dir = self.out_dir.replace("{arm}", arm).replace("{seed}", str(self.seed))
+        same = self.filter_from and os.path.abspath(self.filter_from) == os.path.abspath(self.out_dir)
+        check(not same, f"--out_dir={self.out_dir} is also --filter_from; give this run a folder of its own")
+
+
+# what may change between the start of a run and its resumption, because the numbers do not depend on it
+FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
+FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name"}
+
+
+def get_lr(it, knobs):
+    """The learning rate of iteration `it`: linear warm-up, cosine decay, then min_lr."""
+    if not knobs.decay_lr:
+        return knobs.learning_rate
+    if it < knobs.warmup_iters:
+        return knobs.learning_rate * (it + 1) / (knobs.warmup_iters + 1)
+    ratio = min(1.0, (it - knobs.warmup_iters) / (knobs.lr_decay_iters - knobs.warmup_iters))
+    return knobs.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (knobs.learning_rate - knobs.min_lr)
+
+
+def load_checkpoint(path, device):
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint; start the run with --init_from=scratch")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a checkpoint that can be read ({type(error).__name__}); delete it to start anew"
+        ) from error
+
+
+def make_model(knobs, vocab_size, checkpoint):
+    """
+    The model that init_from asks for, with knobs.n_layer, n_head and n_embd set to its own where it is pretrained.
+    """
+    shape = {key: getattr(knobs, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+    shape["vocab_size"] = knobs.vocab_size or vocab_size
+    if knobs.init_from in ("scratch", "resume") or checkpoint is not None:
+        model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
+        if checkpoint is not None:
+            found = checkpoint["model_args"]
+            for key, value in shape.items():
+                if found.get(key) != value:
+                    raise UserError(
+                        f"--init_from={knobs.init_from}: its {key} is {found.get(key)}, this run's is {value}"
+                    )
+            # torch.compile's wrapper leaves a prefix in checkpoints that were saved through it
+            model.load_state_dict({key.removeprefix("_orig_mod."): t for key, t in checkpoint["model"].items()})
+    else:
+        model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
+        if knobs.block_size > model.config.block_size:
+            raise UserError(
+                f"--block_size={knobs.block_size}: {knobs.init_from} has {model.config.block_size} positions"
+            )
+        model.crop_block_size(knobs.block_size)
+        for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size"):
+            setattr(knobs, key, getattr(model.config, key))
+    if model.config.vocab_size < vocab_size:
+        raise UserError(f"--vocab_size={model.config.vocab_size}: the corpus {knobs.dataset} has {vocab_size} tokens")
+    return model
+
+
+def load_filter(knobs, fingerprint):
+    """
+    (sample_id, value) of the run that the filter goes by, checked to speak of this run's windows; None without one.
+    """
+    if not knobs.filter_from:
+        return None
+    sample_id, value, _ = load_values(knobs.filter_from)
+    path = os.path.join(knobs.filter_from, "config.json")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; --filter_from takes the folder of a run of train.py")
+    with open(path, encoding="utf-8") as file:
+        scored = json.load(file)
+    if scored["fingerprint"] != fingerprint:
+        theirs = scored["knobs"]["dataset"]
+        raise UserError(
+            f"--filter_from={knobs.filter_from}: valued another corpus ('{theirs}') than --dataset={knobs.dataset}"
+        )
+    if scored["knobs"]["block_size"] != knobs.block_size:
+        theirs = scored["knobs"]["block_size"]
+        raise UserError(
+            f"--filter_from={knobs.filter_from}: valued windows of {theirs} tokens; use --block_size={theirs}"
+        )
+    return sample_id, value
+
+
+def describe(knobs, fingerprint, parameters, coverage):
+    """What config.json says of a run: everything that it takes to repeat it."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not a git checkout"
+    on_gpu = torch.device(knobs.device).type == "cuda"
+    return {
+        "knobs": asdict(knobs),
+        "fingerprint": fingerprint,
+        "parameters": parameters,
+        "coverage": coverage,
+        "commit": commit,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "hardware": {
+            "device": torch.cuda.get_device_name(knobs.device)
+            if on_gpu
+            else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def main():
+    knobs = configure(Knobs, sys.argv[1:])
+    device_type = knobs.device.split(":")[0]
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device={knobs.device}: no GPU is available here; use --device=cpu")
+    resume = knobs.init_from == "resume"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+    # the corpus and the orders in which its windows come
+    folder = os.path.join(knobs.data_dir, knobs.dataset)
+    meta = load_meta(folder)
+    data = {split: open_split(folder, split, meta) for split in ("train", "val", "test")}
+    n_windows = {split: count_windows(tokens, knobs.block_size) for split, tokens in data.items()}
+    needed = dict(train=1, val=knobs.val_batch_size if knobs.score else 0, test=1)
+    for split, n in n_windows.items():
+        if n < needed[split]:
+            flag = "val_batch_size" if split == "val" else "block_size"
+            found = f"{len(data[split])} tokens make {n} windows of {knobs.block_size}, and {needed[split]} are needed"
+            raise UserError(f"{folder}/{split}.bin: {found}; lower --{flag} or prepare a larger corpus")
+    scored = load_filter(knobs, meta["fingerprint"])
+    order, coverage = training_order(
+        n_windows["train"], knobs.seed, knobs.filter_negative, knobs.filter_pool, knobs.drop_random, scored
+    )
+    val_order = WindowOrder(n_windows["val"], knobs.seed, VAL)
+    # the same for all seeds, so that runs can be compared
+    test_ids, _ = WindowOrder(n_windows["test"], 0, TEST).take(
+        0, min(n_windows["test"], knobs.eval_iters * knobs.batch_size)
+    )
+
+    # the run's folder, the model and the optimiser
+    ckpt_path = os.path.join(knobs.out_dir, "ckpt.pt")
+    metrics_path = os.path.join(knobs.out_dir, "metrics.jsonl")
+    if not resume and (os.path.exists(ckpt_path) or os.path.exists(metrics_path)):
+        raise UserError(
+            f"{knobs.out_dir}: holds a run already; go on with --init_from=resume or choose another --out_dir"
+        )
+    from_file = resume or knobs.init_from.endswith(".pt")
+    checkpoint = load_checkpoint(ckpt_path if resume else knobs.init_from, knobs.device) if from_file else None
+    if resume:
+        if checkpoint.get("fingerprint") != meta["fingerprint"]:
+            raise UserError(
+                f"{ckpt_path}: trained on another corpus than {folder}; choose another --out_dir or --dataset"
+            )
+        for key, value in asdict(knobs).items():
+            if key not in FREE_KNOBS and checkpoint["knobs"].get(key) != value:
+                was = checkpoint["knobs"].get(key)
+                raise UserError(f"{ckpt_path}: its run has {key} = {was}, not {value}; resume with --{key}={was}")
+    torch.manual_seed(knobs.seed)
+    model = make_model(knobs, meta["vocab_size"], checkpoint).to(knobs.device)
+    betas = (knobs.beta1, knobs.beta2)
+    optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas, device_type)
+    buffers = attach_directions(model) if knobs.score else None
+    params = list(model.parameters())
+    iter_num, position = 0, 0
+    negative = []  # the share of dot products below zero, for each iteration since the last printed line
+    if resume:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        iter_num, position = checkpoint["iter_num"], checkpoint["position"]
+        negative = list(torch.tensor(checkpoint["negative"], device=knobs.device))
+        torch.set_rng_state(checkpoint["rng"].cpu())
+        if device_type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
+        # what the interrupted run wrote after this checkpoint is about to happen again
+        os.truncate(metrics_path, checkpoint["metrics_bytes"])
+        for n, path in log_files(knobs.out_dir).items():
+            if n > iter_num:
+                os.remove(path)
+    del checkpoint
+    net = torch.compile(model, fullgraph=True, dynamic=False) if knobs.compile else model
+    autocast = torch.autocast(device_type, torch.bfloat16) if knobs.dtype == "bfloat16" else nullcontext()
+
+    os.makedirs(knobs.out_dir, exist_ok=True)
+    description = describe(knobs, meta["fingerprint"], sum(p.numel() for p in params), coverage)
+    with atomic_write(os.path.join(knobs.out_dir, "config.json")) as file:
+        file.write(json.dumps(description, indent=1).encode())
+    metrics_file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
+    if knobs.wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb_log=True: pip install wandb") from None
+        wandb.init(project=knobs.wandb_project, name=knobs.wandb_run_name, config=asdict(knobs))
+
+    B = knobs.batch_size * knobs.gradient_accumulation_steps  # windows in an iteration
+    print(f"{description['parameters']:,} parameters on {knobs.device}, {knobs.dtype}; {description['hardware']}")
+    print(f"{B * knobs.block_size:,} tokens an iteration; windows of {knobs.block_size} tokens: {n_windows}")
+    if coverage:
+        print(f"values of {knobs.filter_from}, pool '{knobs.filter_pool}':")
+        print(
+            "  {corpus:,} windows in the corpus, {scored:,} scored, {negative:,} negative".format(**coverage), end=", "
+        )
+        print("{eligible:,} eligible; the filter can touch {touchable:.1%} of the draws".format(**coverage))
+        if coverage["touchable"] < 0.5:
+            print("  most draws are unscored windows that no filter can reject: expect little of it")
+
+    def batch(split, ids):
+        return get_batch(data[split], ids, knobs.block_size, model.config.vocab_size, knobs.device)
+
+    @torch.no_grad()
+    def evaluate(split, ids):
+        """Mean loss in nats of the windows `ids`, in eval mode."""
+        model.eval()
+        total = 0.0
+        for start in range(0, len(ids), knobs.batch_size):
+            chunk = ids[start : start + knobs.batch_size]
+            with autocast:
+                total += net(*batch(split, chunk))[1].item() * len(chunk)
+        model.train()
+        return total / len(ids)
+
+    def record(metrics, line):
+        metrics_file.write(json.dumps(metrics) + "\n")
+        metrics_file.flush()
+        tqdm.write(line)
+        if knobs.wandb_log:
+            wandb.log(metrics)
+
+    # training
+    model.train()
+    entries = []  # the dot products since the last checkpoint, left on the device
+    tokens_per_iter, clock, timed = B * knobs.block_size, time.perf_counter(), 0
+    progress = tqdm(total=knobs.max_iters, initial=iter_num, unit="it", disable=None)
+    while True:
+        last = iter_num == knobs.max_iters
+        paused = time.perf_counter()
+        if last or iter_num % knobs.checkpoint_interval == 0:
+            if entries:
+                write_log(knobs.out_dir, iter_num, entries)
+                entries.clear()
+            os.fsync(metrics_file.fileno())
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "model_args": asdict(model.config),
+                "iter_num": iter_num,
+                "position": position,
+                "knobs": asdict(knobs),
+                "fingerprint": meta["fingerprint"],
+                "metrics_bytes": os.path.getsize(metrics_path),
+                "negative": [share.item() for share in negative],
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if device_type == "cuda" else None,
+            }
+            with atomic_write(ckpt_path) as file:
+                torch.save(state, file)
+        if last or iter_num % knobs.eval_interval == 0:
+            test_loss = evaluate("test", test_ids)
+            record({"iter": iter_num, "test_loss": test_loss}, f"iter {iter_num}: test loss {test_loss:.4f}")
+        if last:
+            break
+        clock += time.perf_counter() - paused
+
+        lr = get_lr(iter_num, knobs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        report = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
+
+        # the direction: validation windows of this iteration's own, before the batch is seen
+        if knobs.score:
+            val_start = synchronized_time(device_type) if report else 0.0
+            val_ids, _ = val_order.take(iter_num * knobs.val_batch_size, knobs.val_batch_size)
+            with autocast:
+                gradient, val_loss = validation_gradient(net, *batch("val", val_ids), knobs.batch_size)
+            val_ms = (synchronized_time(device_type) - val_start) * 1000 if report else 0.0
+            set_direction(buffers, gradient, optimizer if knobs.value_direction == "adam" else None)
+            before = [p.detach().clone() for p in params] if report else None
+
+        # forward, backward; alpha's gradient is the dot products
+        ids, position = order.take(position, B)
+        mean_loss, dots = 0.0, []
+        for micro_ids in ids.reshape(knobs.gradient_accumulation_steps, knobs.batch_size):
+            alpha = torch.zeros(knobs.batch_size, device=knobs.device, requires_grad=True) if knobs.score else None
+            with autocast:
+                _, loss = net(*batch("train", micro_ids), alpha)
+                loss = loss / knobs.gradient_accumulation_steps
+            loss.backward()
+            mean_loss = mean_loss + loss.detach()
+            if knobs.score:
+                dots.append(alpha.grad * B)
+
+        # the step
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        clip = (knobs.grad_clip / (norm + 1e-6)).clamp(max=1.0) if knobs.grad_clip else torch.ones_like(norm)
+        if knobs.grad_clip:
+            torch._foreach_mul_([p.grad for p in params], clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if knobs.score:
+            dots = torch.cat(dots)
+            entries.append(dict(iter=iter_num, lr=lr, clip=clip, sample_id=ids, dot_product=dots))
+            negative.append((dots < 0).float().mean())
+        timed += 1
+
+        if report:
+            metrics = {"iter": iter_num, "loss": mean_loss.item(), "lr": lr, "grad_norm": norm.item()}
+            metrics["step_ms"] = (time.perf_counter() - clock) * 1000 / timed
+            metrics["tokens_per_s"] = tokens_per_iter / metrics["step_ms"] * 1000
+            line = "iter {iter}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms".format(**metrics)
+            if knobs.score:
+                change = [p.detach() - b for p, b in zip(params, before, strict=True)]
+                metrics["negative"] = torch.stack(negative).mean().item()
+                metrics["predicted"] = -sum((gradient[p] * d).sum() for p, d in zip(params, change, strict=True)).item()
+                metrics["realised"] = val_loss.item() - evaluate("val", val_ids)
+                metrics["value_sum"] = (lr * clip / B * dots.sum()).item()
+                metrics["val_ms"] = val_ms
+                line += (
+                    " ({val_ms:.0f} validation), {negative:.1%} negative, validation loss to fall by {predicted:.2e}"
+                )
+                line = (line + ", fell by {realised:.2e}, values sum to {value_sum:.2e}").format(**metrics)
+                negative.clear()
+                del before, change
+            record(metrics, line)
+            clock, timed = time.perf_counter(), 0
+        iter_num += 1
+        progress.update()
+
+    progress.close()
+    if knobs.score:
+        write_values(knobs.out_dir)
+        sample_id, value, visits = load_values(knobs.out_dir)
+        share = f"{(value < 0).mean():.1%} of them negative"
+        print(f"{knobs.out_dir}/values.npz: {len(sample_id):,} windows valued in {visits.sum():,} visits, {share}")
+
+
+def synchronized_time(device_type):
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
