@@ -45,13 +45,19 @@ class Linear(nn.Linear):
         return _Linear.apply(x, self.weight, self.bias, alpha, *directions)
 
 
+def _autocast(*tensors):
+    """The tensors as autocast would pass them to a matrix product."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, alpha, weight_direction, bias_direction):
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = bias.to(dtype) if bias is not None else None
+        x, weight, bias = _autocast(x, weight, bias)
         ctx.save_for_backward(x, weight, weight_direction, bias_direction)
         return F.linear(x, weight, bias)
 
@@ -74,22 +80,33 @@ def linear_grad(x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor) -> t
     """
     x (B, T, in), dy (B, T, out), direction (out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), and every
     sample's share of it dotted with the direction, (B,), both in the direction's dtype.
-
-    The weight gradient is accumulated one sample at a time anyway; the dot of the running sum with the direction,
-    taken after each sample, gives every sample's dot as a difference. No multiplications beyond B * out * in.
     """
-    x, dy = x.to(direction.dtype), dy.to(direction.dtype)
     dw = torch.zeros_like(direction)
-    running = direction.new_zeros(len(x) + 1)
-    for i in range(len(x)):
-        dw.addmm_(dy[i].T, x[i])
-        running[i + 1] = torch.dot(dw.view(-1), direction.view(-1))
-    return dw, running.diff()
+    dots, _ = add_samples(dw, x, dy, direction, direction.new_zeros(()))
+    return dw, dots
 
 
 @linear_grad.register_fake
 def _(x, dy, direction):
     return torch.empty_like(direction), direction.new_empty(len(x))
+
+
+def add_samples(dw, x, dy, direction, running):
+    """
+    Add dY_i^T X_i of every sample to dw, (out, in), in place. `running` is <dw, direction>, a scalar; returns every
+    sample's share dotted with the direction, (B,), and the new running.
+
+    The weight gradient may as well be accumulated one sample at a time; <dw, direction> after each sample then gives
+    the sample's dot as a difference: one multiplication in T more than without it. (A buffer for each sample's share
+    costs two more passes over memory; blocks of rows that stay in cache cost more in small matrix products than they
+    save.)
+    """
+    x, dy = x.to(dw.dtype), dy.to(dw.dtype)
+    after = [running]
+    for i in range(len(x)):
+        dw.addmm_(dy[i].T, x[i])
+        after.append(torch.dot(dw.view(-1), direction.view(-1)))
+    return torch.stack(after).diff(), after[-1]
 
 
 class Embedding(nn.Embedding):
@@ -113,7 +130,7 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         idx, direction = ctx.saved_tensors
-        dot = (dy * F.embedding(idx, direction)).sum((1, 2))
+        dot = F.embedding(idx, direction).mul(dy).sum((1, 2))
         if idx.dim() == 1:
             dy = dy.sum(0)
         dw = torch.ops.aten.embedding_dense_backward(dy, idx, len(direction), -1, False)
@@ -141,7 +158,7 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, mean, rstd, weight_direction, bias_direction = ctx.saved_tensors
         only_dx = [True, False, False]
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, None, only_dx)
-        sample_dw = (dy * ((x - mean) * rstd)).sum(1)  # (B, C)
+        sample_dw = (x - mean).mul_(rstd).mul_(dy).sum(1)  # (B, C)
         dw, db = sample_dw.sum(0), None
         dot = sample_dw @ weight_direction
         if bias_direction is not None:
@@ -149,6 +166,86 @@ class _LayerNorm(torch.autograd.Function):
             db = sample_db.sum(0)
             dot = dot + sample_db @ bias_direction
         return dx, dw, db, dot, None, None, None
+
+
+class LossHead(Linear):
+    """
+    The last linear and the cross-entropy behind it. Without targets it is a Linear; with targets (B, T) it returns
+    the mean token loss, and the logits of only a slice of the tokens exist at a time: a slice's part of the gradients
+    is formed when its logits are there, in the forward pass, and the backward pass only scales the sums.
+    """
+
+    def forward(self, x, targets=None, alpha=None):
+        if targets is None:
+            return super().forward(x)
+        if not torch.is_grad_enabled():
+            return head_loss(*_autocast(x, self.weight), targets, None, False)[0]
+        return _LossHead.apply(x, self.weight, targets, alpha, self.weight_direction if alpha is not None else None)
+
+
+class _LossHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, alpha, direction):
+        loss, *gradients = head_loss(*_autocast(x, weight), targets, direction, True)
+        ctx.save_for_backward(*gradients)
+        ctx.scored = alpha is not None
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        dx, dw, dot = (gradient.mul_(dloss) for gradient in ctx.saved_tensors)
+        return dx, dw, None, dot if ctx.scored else None, None
+
+
+SLICE = 2**23  # logits that may exist at a time, or 256 tokens' where that is more
+
+
+@torch.library.custom_op("data_value::head_loss", mutates_args=())
+def head_loss(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, direction: torch.Tensor | None, backward: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    x (B, T, C), weight (V, C), targets (B, T), direction (V, C) or None -> the mean token loss, and its gradients
+    with respect to x (B, T, C), to weight (V, C) and to alpha (B,) where `backward` is set (zero without a
+    direction).
+    """
+    B, T, _ = x.shape
+    V = len(weight)
+    full = torch.promote_types(x.dtype, torch.float32)
+    loss, running = torch.zeros((), dtype=full, device=x.device), torch.zeros((), dtype=full, device=x.device)
+    dx, dw, dots = _head_gradients(x, weight, backward)
+    samples = min(B, max(1, SLICE // (T * V)))  # in a slice; where that is one, perhaps not the whole of it
+    length = min(T, max(256, SLICE // V))
+    for i in range(0, B, samples):
+        for t in range(0, T, length):
+            part = slice(i, i + samples), slice(t, t + length)
+            index = targets[part].unsqueeze(2)
+            log_p = torch.log_softmax(x[part] @ weight.T, 2, dtype=full)
+            loss -= log_p.gather(2, index).sum()
+            if not backward:
+                continue
+            dy = log_p.exp_().scatter_add_(2, index, torch.full_like(index, -1, dtype=full)).div_(B * T).to(x.dtype)
+            dx[part] = dy @ weight
+            if direction is None:
+                dw.addmm_(dy.flatten(0, 1).T.to(full), x[part].flatten(0, 1).to(full))
+            else:
+                part_dots, running = add_samples(dw, x[part], dy, direction, running)
+                dots[part[0]] += part_dots
+    return loss / (B * T), dx, dw, dots
+
+
+@head_loss.register_fake
+def _(x, weight, targets, direction, backward):
+    full = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((), dtype=full), *_head_gradients(x, weight, backward)
+
+
+def _head_gradients(x, weight, backward):
+    """Zeros for the gradients of x, weight and alpha, empty ones where there is no backward."""
+    full = torch.promote_types(x.dtype, torch.float32)
+    shapes = (x.shape, weight.shape, (len(x),)) if backward else ((0,), (0,), (0,))
+    return [x.new_zeros(shape, dtype=full) for shape in shapes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import UserError
-from data_value import Embedding, LayerNorm, Linear
+from data_value import Embedding, LayerNorm, Linear, LossHead
 
 
 class CausalSelfAttention(nn.Module):
@@ -89,7 +89,7 @@ class GPT(nn.Module):
                 ln_f=LayerNorm(config.n_embd, bias=config.bias),
             )
         )
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = LossHead(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
 
         self.apply(self._init_weights)
@@ -108,7 +108,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, alpha=None):
         """
         idx, targets: (B, T) int64 token ids, T <= block_size; alpha: (B,) zeros that require a gradient, or None.
-        Returns (logits, loss): logits (B, T, vocab_size) and the mean token loss in nats, None without targets.
+        Returns (logits (B, T, vocab_size), None) without targets, and (None, loss), the mean token loss in nats, with
+        them: the logits of a whole batch are then never in memory (data_value.LossHead).
         """
         B, T = idx.size()
         if T > self.config.block_size:
@@ -117,12 +118,10 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx, alpha) + self.transformer.wpe(pos, alpha))
         for block in self.transformer.h:
             x = block(x, alpha)
-        logits = self.lm_head(self.transformer.ln_f(x, alpha), alpha)
-        loss = None
-        if targets is not None:
-            full = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(full.flatten(0, 1), targets.flatten())
-        return logits, loss
+        x = self.transformer.ln_f(x, alpha)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, self.lm_head(x, targets, alpha)
 
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):
