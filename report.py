@@ -42,7 +42,7 @@ from prepare_owt import get_tokenizer, load_meta, open_split, window_domains
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs, and groups of runs that differ only in their seed.
 
-HOUSEKEEPING = {"out_dir", "data_dir", "device", "compile", "log_interval", "checkpoint_interval"}
+HOUSEKEEPING = {"out_dir", "init_from", "data_dir", "device", "compile", "log_interval", "checkpoint_interval"}
 HOUSEKEEPING |= {"wandb_log", "wandb_project", "wandb_run_name"}
 # what makes an arm of the comparison; neither these nor scoring change a step, given its batch
 ARM = {"score", "val_batch_size", "val_interval", "value_direction", "value_order"}
@@ -62,8 +62,8 @@ class Run:
         return self.config["knobs"]
 
     @property
-    def ended(self):
-        return self.iters[-1] >= self.knobs["max_iters"]
+    def has_values(self):
+        return self.knobs["score"] and os.path.isfile(os.path.join(self.folder, "values.npz"))
 
 
 @dataclass
@@ -74,9 +74,9 @@ class Group:
     @property
     def arm(self):
         knobs = self.runs[0].knobs
-        if knobs["filter_negative"]:
-            return "filtered"
-        return "random" if knobs["drop_random"] else "control" if knobs["filter_from"] else "plain"
+        if knobs["filter_negative"] or knobs["drop_random"]:
+            return "treatment"
+        return "control" if knobs["filter_from"] else "plain"
 
     def curve(self):
         """
@@ -90,7 +90,6 @@ class Group:
 def read_run(folder):
     """
     The run in `folder`. A last line of metrics.jsonl without its line end is still being written, and left out.
-
     Raises UserError where the folder holds no run of train.py, a file is damaged or nothing was evaluated.
     """
     config_path, metrics_path = os.path.join(folder, "config.json"), os.path.join(folder, "metrics.jsonl")
@@ -98,86 +97,73 @@ def read_run(folder):
         if not os.path.isfile(path):
             mend = f"train it with python train.py config/<...>.py --out_dir={folder}"
             raise UserError(f"{path}: no such file, so {folder} is not the folder of a run; {mend}")
-    mend = "resume the run with --init_from=resume, or train it anew"
+    mend = f"go on with it, python train.py ... --init_from=resume --out_dir={folder}, or train it anew"
+    evaluations, lines, where = {}, [], config_path
     try:
         with open(config_path, encoding="utf-8") as file:
             config = json.load(file)
         config["knobs"]["max_iters"], config["fingerprint"], config["coverage"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{config_path}: not a run's config ({type(error).__name__}: {error}); {mend}") from error
-    evaluations, lines = [], []
-    with open(metrics_path, encoding="utf-8", errors="replace") as file:
-        for number, text in enumerate(file, 1):
-            if not text.endswith("\n"):
-                break
-            try:
+        with open(metrics_path, encoding="utf-8", errors="replace") as file:
+            for number, text in enumerate(file, 1):
+                where = f"{metrics_path}, line {number}"
+                if not text.endswith("\n"):
+                    break
                 line = json.loads(text)
                 if "test_loss" in line:
-                    evaluations.append((int(line["iter"]), float(line["test_loss"])))
+                    evaluations[int(line["iter"])] = float(line["test_loss"])
                 else:
                     line["iter"], line["loss"], line["step_ms"]
                     lines.append(line)
-            except (ValueError, TypeError, KeyError) as error:
-                found = f"not a line of metrics ({type(error).__name__}: {error})"
-                raise UserError(f"{metrics_path}, line {number}: {found}; {mend}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where}: not what train.py writes ({type(error).__name__}: {error}); {mend}") from error
     if not evaluations:
-        found = f"{len(lines)} training lines and no evaluation of the test loss"
-        raise UserError(f"{metrics_path}: {found}; go on with --init_from=resume --out_dir={folder}")
-    iters, losses = zip(*sorted(dict(evaluations).items()), strict=True)
-    return Run(folder, config, np.array(iters), np.array(losses), lines)
+        raise UserError(f"{metrics_path}: {len(lines)} training lines and no evaluation of the test loss; {mend}")
+    iters = np.array(sorted(evaluations))
+    return Run(folder, config, iters, np.array([evaluations[i] for i in iters]), lines)
+
+
+def group_key(config):
+    """What the runs of a group share: the knobs but the seed and what is bound to it, those of filter_from too."""
+    knobs = {key: value for key, value in config["knobs"].items() if key not in HOUSEKEEPING | {"seed"}}
+    source = os.path.join(knobs["filter_from"], "config.json")
+    knobs["filter_from"] = bool(knobs["filter_from"])
+    if knobs["filter_from"] and os.path.isfile(source):
+        with open(source, encoding="utf-8") as file:
+            knobs["filter_from"] = group_key(json.load(file))
+    return json.dumps(knobs, sort_keys=True)
 
 
 def group_runs(runs):
-    """
-    The runs as groups, in order: in a group all knobs are the same but the seed and what is bound to it, and so are
-    those of the runs that their values come from, where these can be read. No seed is twice in a group.
-    """
-
-    def key(config):
-        knobs = {k: v for k, v in config["knobs"].items() if k not in HOUSEKEEPING | {"seed", "filter_from"}}
-        if knobs.get("init_from") == "resume":
-            knobs["init_from"] = "scratch"
-        source = config["knobs"]["filter_from"]
-        path = os.path.join(source, "config.json")
-        if source and os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                knobs["filter_from"] = key(json.load(file))
-        else:
-            knobs["filter_from"] = bool(source)
-        return json.dumps(knobs, sort_keys=True)
-
-    groups = []
+    """The runs as groups, in order; no seed is twice in a group."""
+    groups = []  # of (key, runs)
     for run in runs:
-        mine, seed = key(run.config), run.knobs["seed"]
-        for their_key, members in groups:
-            if their_key == mine and all(member.knobs["seed"] != seed for member in members):
-                members.append(run)
-                break
-        else:
-            groups.append((mine, [run]))
-    names = [group_name([run.folder for run in members]) for _, members in groups]
+        key, seed = group_key(run.config), run.knobs["seed"]
+        open_to_it = (g for k, g in groups if k == key and seed not in [member.knobs["seed"] for member in g])
+        group = next(open_to_it, None)
+        if group is None:
+            groups.append((key, group := []))
+        group.append(run)
+    names = [group_name([run.folder for run in group]) for _, group in groups]
     if len(set(names)) < len(names):
-        names = [members[0].folder for _, members in groups]
-    return [Group(name, members) for name, (_, members) in zip(names, groups, strict=True)]
+        names = [group[0].folder for _, group in groups]
+    return [Group(name, group) for name, (_, group) in zip(names, groups, strict=True)]
 
 
 def group_name(folders):
-    """A folder's name; of several folders what their names share, without the seed: control_s1, control_s2: control."""
+    """A folder's own name; for control_s1, control_s2, or for s1 and s2 in a folder control, 'control'."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    if len(names) == 1:
-        return names[0].lstrip("_")  # which matplotlib takes for "not in the legend"
-    shared = re.sub(r"([_.-]+(seed|s)?|^(seed|s))?[_.-]*\d*$", "", os.path.commonprefix(names)).lstrip("_")
-    return shared or os.path.basename(os.path.dirname(os.path.abspath(folders[0]))) or names[0]
+    if len(names) > 1:
+        shared = re.sub(r"(^|[_.-]+)(seed|s)?[_.-]*\d*$", "", os.path.commonprefix(names))
+        names = [shared or os.path.basename(os.path.dirname(os.path.abspath(folders[0])))]
+    return names[0].lstrip("_")  # a leading _ keeps a name out of matplotlib's legends
 
 
 def pick_reference(groups, folder):
-    """
-    The group that holds the run `folder`; without one the control, or the first. Raises UserError where it is absent.
-    """
+    """The group that holds the run `folder`; without one the control, or the first. Raises UserError if absent."""
     if not folder:
         return next((group for group in groups if group.arm == "control"), groups[0])
     for group in groups:
-        if any(os.path.realpath(run.folder) == os.path.realpath(folder) for run in group.runs):
+        if os.path.realpath(folder) in [os.path.realpath(run.folder) for run in group.runs]:
             return group
     runs = ", ".join(run.folder for group in groups for run in group.runs)
     raise UserError(f"--reference={folder}: not among the runs ({runs}); add it to them")
@@ -207,47 +193,27 @@ def compare(groups, reference, target_loss=None):
     """
     A row of the table for each group: {name, folders, seeds, ...}, where every number that varies within a group is
     {mean, sd, each}: sd None for one run, mean None where a run has no such number. Losses in nats per token, shares
-    as fractions, times in ms.
-
-    Raises UserError where the reference ended at no finite loss and no target is given.
+    as fractions, times in ms. Raises UserError where the reference ended at no finite loss and no target is given.
     """
-    by_seed = {run.knobs["seed"]: run for run in reference.runs}
-    mean_iters, mean_losses, _ = reference.curve()
+    by_seed = {run.knobs["seed"]: (run.iters, run.losses) for run in reference.runs}
     rows = []
     for group in groups:
-        columns = {key: [] for key in ("target", "iterations", "saved", "final_loss", "best_loss")}
-        columns |= {key: [] for key in ("negative_draws", "negative_windows", "step_ms", "validation_ms")}
+        numbers = []
         for run in group.runs:
-            ref = by_seed.get(run.knobs["seed"])
-            ref_iters, ref_losses = (ref.iters, ref.losses) if ref else (mean_iters, mean_losses)
-            target = ref_losses[-1] if target_loss is None else target_loss
+            iters, losses = by_seed.get(run.knobs["seed"], reference.curve()[:2])
+            target = float(losses[-1]) if target_loss is None else target_loss
             if not math.isfinite(target):
-                raise UserError(f"{reference.name}: ended at a test loss of {target}; give --target_loss=<nats>")
-            iterations, whole = (
-                first_crossing(run.iters, run.losses, target),
-                first_crossing(ref_iters, ref_losses, target),
-            )
-            columns["target"].append(target)
-            columns["iterations"].append(iterations)
-            columns["saved"].append(1 - iterations / whole if iterations is not None and whole else None)
-            columns["final_loss"].append(run.losses[-1])
-            columns["best_loss"].append(np.nanmin(run.losses))
-            for key, value in measure(run).items():
-                columns[key].append(value)
-        row = {key: spread(values) for key, values in columns.items()}
-        row |= dict(name=group.name, folders=[run.folder for run in group.runs], arm=group.arm)
-        row |= dict(
-            seeds=[run.knobs["seed"] for run in group.runs], coverage=[run.config["coverage"] for run in group.runs]
-        )
-        rows.append(row | dict(reference=group is reference, ended=all(run.ended for run in group.runs)))
+                raise UserError(f"{reference.name}: its test loss ends at {target}; give a --target_loss=<nats>")
+            iterations, whole = first_crossing(run.iters, run.losses, target), first_crossing(iters, losses, target)
+            saved = 1 - iterations / whole if iterations is not None and whole else None
+            compared = dict(target=target, iterations=iterations, saved=saved)
+            numbers.append(compared | dict(final_loss=run.losses[-1], best_loss=np.nanmin(run.losses)) | measure(run))
+        row = dict(name=group.name, reference=group is reference, arm=group.arm)
+        row |= dict(folders=[run.folder for run in group.runs], seeds=[run.knobs["seed"] for run in group.runs])
+        row |= dict(coverage=group.runs[0].config["coverage"])
+        row |= dict(ended=all(run.iters[-1] >= run.knobs["max_iters"] for run in group.runs))
+        rows.append(row | {key: spread([of_run[key] for of_run in numbers]) for key in numbers[0]})
     return rows
-
-
-def spread(values):
-    each = [None if value is None or not math.isfinite(value) else float(value) for value in values]
-    if None in each:
-        return dict(mean=None, sd=None, each=each)
-    return dict(mean=float(np.mean(each)), sd=float(np.std(each, ddof=1)) if len(each) > 1 else None, each=each)
 
 
 def measure(run):
@@ -256,117 +222,102 @@ def measure(run):
     ms of a step without its validation pass and of that pass, medians over the training lines but the first.
     """
     scored = [line for line in run.lines if line.get("negative") is not None]
-    # a line's share is that of the steps since the line before
-    steps = np.diff([line["iter"] for line in scored], prepend=-1)
+    steps = np.diff([line["iter"] for line in scored], prepend=-1)  # a line speaks of those since the line before
     draws = np.average([line["negative"] for line in scored], weights=steps) if scored else None
-    windows = np.mean(load_values(run.folder)[1] < 0) if has_values(run) else None
+    windows = np.mean(load_values(run.folder)[1] < 0) if run.has_values else None
     warm = run.lines[1:] or run.lines  # the first waits for compilation and caches
-    validation = [line["val_ms"] for line in warm if line.get("val_ms") is not None]
-    validation_ms = np.median(validation) if validation else None
-    step_ms = np.median([line["step_ms"] for line in warm]) - (validation_ms or 0) if warm else None
+    step_ms = np.median([line["step_ms"] - line.get("val_ms", 0) for line in warm]) if warm else None
+    validation_ms = np.median([line["val_ms"] for line in warm]) if warm and "val_ms" in warm[0] else None
     return dict(negative_draws=draws, negative_windows=windows, step_ms=step_ms, validation_ms=validation_ms)
 
 
-def has_values(run):
-    return run.knobs["score"] and os.path.isfile(os.path.join(run.folder, "values.npz"))
+def spread(values):
+    each = [None if value is None or not math.isfinite(value) else float(value) for value in values]
+    mean = None if None in each else float(np.mean(each))
+    return dict(mean=mean, sd=float(np.std(each, ddof=1)) if mean is not None and len(each) > 1 else None, each=each)
 
 
 def number(cell, form, scale=1.0, unit="", absent="–"):
     """'12.3 ± 0.4%' of {mean, sd}."""
     if cell["mean"] is None:
         return absent
-    sd = "" if cell["sd"] is None else f" ± {format(scale * cell['sd'], form)}"
-    return f"{format(scale * cell['mean'], form)}{sd}{unit}".replace("-", "−")
+    sd = "" if cell["sd"] is None else f" ± {scale * cell['sd']:{form.lstrip('+')}}"
+    return f"{scale * cell['mean']:{form}}{sd}{unit}".replace("-", "−")
 
 
 def reach(row):
-    """The cell 'iterations to the target': with several seeds a mean stands only where every one of them reached it."""
+    """The iterations to the target as text: a mean only where every seed reached it."""
     each = row["iterations"]["each"]
     some = f" ({sum(i is not None for i in each)} of {len(each)} did)" if len(each) > 1 else ""
     return number(row["iterations"], ",.0f", absent="not reached" + some)
 
 
 def table(rows, target_loss):
-    """The rows as a Markdown table."""
+    """The rows of `compare` as a Markdown table."""
     to = "the reference's final loss" if target_loss is None else f"a test loss of {target_loss:g}"
-    head = ["run", "seeds", f"iterations to {to}", "saved", "final test loss", "best", "negative draws"]
-    head += ["negative windows", "eligible / scored / corpus windows", "touchable draws", "step, ms", "validation, ms"]
-    cells = [head]
+    head = f"run|seeds|iterations to {to}|saved|final test loss|best test loss|negative draws|negative windows|"
+    cells = [(head + "eligible / scored / corpus windows|touchable draws|step, ms|validation pass, ms").split("|")]
     for row in rows:
-        saved = "reference" if row["reference"] else number(row["saved"], ".1f", 100, "%")
-        validation = number(row["validation_ms"], ".1f")
+        cover, validation = row["coverage"], number(row["validation_ms"], ".1f")
         if row["validation_ms"]["mean"] is not None:
             validation += f" (+{row['validation_ms']['mean'] / row['step_ms']['mean']:.0%})"
-        cover = row["coverage"][0]
-        windows, touchable = "–", "–"
-        if cover:
-            windows = f"{cover['eligible']:,} / {cover['scored']:,} / {cover['corpus']:,}"
-            touchable = f"{cover['touchable']:.0%}"
-        line = [row["name"], str(len(row["seeds"])), reach(row), saved]
-        line += [number(row["final_loss"], ".4f") + ("" if row["ended"] else " *"), number(row["best_loss"], ".4f")]
+        saved = "reference" if row["reference"] else number(row["saved"], ".1f", 100, "%")
+        final = number(row["final_loss"], ".4f") + ("" if row["ended"] else " *")
+        line = [row["name"], str(len(row["seeds"])), reach(row), saved, final, number(row["best_loss"], ".4f")]
         line += [number(row[key], ".1f", 100, "%") for key in ("negative_draws", "negative_windows")]
-        cells.append(line + [windows, touchable, number(row["step_ms"], ".1f"), validation])
+        line += ["{eligible:,} / {scored:,} / {corpus:,}".format(**cover) if cover else "–"]
+        line += [f"{cover['touchable']:.0%}" if cover else "–", number(row["step_ms"], ".1f"), validation]
+        cells.append(line)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(lines)
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells)
 
 
 def remarks(groups, rows, target_loss):
     """What a reader of the table must know: the rule, then what is particular about these runs. A list of sentences."""
-    reference, ref_row = next((g, r) for g, r in zip(groups, rows, strict=True) if r["reference"])
+    reference, its_row = next((group, row) for group, row in zip(groups, rows, strict=True) if row["reference"])
     notes = []
     if len(groups) > 1:
-        to = f"the final test loss of {reference.name} ({number(ref_row['target'], '.4f')})"
-        to = to if target_loss is None else f"a test loss of {target_loss:g}"
+        to = f"the final test loss of {reference.name} ({number(its_row['target'], '.4f')})"
         notes.append(
-            f"Iterations to {to}: to the first evaluation at or below it, interpolated linearly from the one before, by "
-            f"one rule for every run. Saved: the share fewer than {reference.name} itself needs by that rule "
-            f"({reach(ref_row)}); the iterations of a run that scored the windows are not counted."
+            f"Iterations to {to if target_loss is None else f'a test loss of {target_loss:g}'}: the first evaluation "
+            "at or below it, interpolated linearly from the one before, by one rule for every run. Saved: the share "
+            f"fewer than {reference.name} itself takes by that rule ({reach(its_row)}). The iterations of the run that "
+            "scored the windows are not counted."
         )
     if any(len(group.runs) > 1 for group in groups):
         notes.append(
             "±: standard deviation over seeds. Each run is compared with the reference run of its own seed, or with "
-            "the references' mean curve where there is none; coverage is the first seed's."
+            "the references' mean curve where there is none. Coverage: the first seed's."
         )
     notes.append("Step: median, without the validation pass of the values; that pass beside it, in % of the rest.")
-    ours = reference.runs[0].knobs
     for group in groups:
+        knobs, ours, coverage = group.runs[0].knobs, reference.runs[0].knobs, group.runs[0].config["coverage"]
         for run in group.runs:
-            if not run.ended:
-                of = f"{run.iters[-1]:,} of {run.knobs['max_iters']:,} iterations"
-                notes.append(f"* {run.folder} has not ended ({of}): its last test loss stands for its final one.")
-        knobs = group.runs[0].knobs
-        ignored = HOUSEKEEPING | ARM | {"seed", "init_from"}
-        differ = [k for k in knobs if k not in ignored and knobs[k] != ours.get(k)]
+            if run.iters[-1] < run.knobs["max_iters"]:
+                reached = f"{run.iters[-1]:,} of {run.knobs['max_iters']:,} iterations"
+                notes.append(f"* {run.folder} has not ended ({reached}): its last test loss stands for its final one.")
+        differ = [key for key in knobs if key not in HOUSEKEEPING | ARM | {"seed"} and knobs[key] != ours.get(key)]
         if differ:
-            changes = ", ".join(f"{key} ({knobs[key]}, not {ours.get(key)})" for key in differ)
-            notes.append(f"{group.name} differs from the reference in more than its windows: {changes}.")
-        for run in group.runs[:1]:
-            if run.config["coverage"] and run.config["coverage"]["touchable"] < 0.5:
-                share = f"{run.config['coverage']['touchable']:.0%}"
-                notes.append(
-                    f"{group.name}: its filter can touch only {share} of the draws; the rest are unscored windows."
-                )
+            changes = ", ".join(f"{key} {knobs[key]} (not {ours.get(key)})" for key in differ)
+            notes.append(f"{group.name} differs from {reference.name} in more than its windows: {changes}.")
+        if coverage and coverage["touchable"] < 0.5:
+            share = f"only {coverage['touchable']:.0%} of the draws"
+            notes.append(f"{group.name}: its filter can touch {share}; the others are of unscored windows.")
     return notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The figures. Each draw_ function fills axes of its caller's.
 
+# fmt: off
 RC = {
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "hatch.linewidth": 0.6,
-    "lines.linewidth": 1.5,
+    "font.size": 8.5, "legend.fontsize": 8, "lines.linewidth": 1.5, "hatch.linewidth": 0.6, "savefig.dpi": 200,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.formatter.useoffset": False,
+    "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.08,
     "text.parse_math": False,  # a $ in a window's text or a folder's name is a dollar
-    "savefig.dpi": 200,
-    "figure.constrained_layout.use": True,
 }
+# fmt: on
 # told apart in grey by dashes and markers too; the reference is black and dashed, what nobody compares is light
 COMPARED = [("#0064b0", "-", "o"), ("#d9730d", "-.", "s"), ("#2f9e6e", (0, (1, 1)), "^"), ("#b06ab3", (0, (6, 2)), "D")]
 NEGATIVE = dict(facecolor="#b2432f", edgecolor="white", hatch="/////", linewidth=0)
@@ -375,49 +326,47 @@ POSITIVE = dict(facecolor="#a9c7e4", linewidth=0)
 
 def draw_loss(ax, groups, rows, target_loss):
     """Test loss against iterations, a band of a standard deviation for several seeds, and the savings below."""
-    reference = next(row for row in rows if row["reference"])
-    others = [row for row in rows if not row["reference"]]
-    marked = [row for row in others if row["arm"] in ("filtered", "random")] or others
-    curves = [group.curve() for group in groups]
-    end = max(iters[-1] for iters, _, _ in curves) or 1
-    light = iter(["-", ":", "--", "-."] * len(rows))
-    for row, (iters, mean, sd) in zip(rows, curves, strict=True):
-        label = row["name"] + (f", {len(row['seeds'])} seeds (band: ± 1 sd)" if sd is not None else "")
-        style = dict(color="0.62", linestyle=next(light), marker=None)
-        if row["reference"] and len(rows) > 1:
-            style = dict(color="black", linestyle="--", marker=None)
-            label += " (reference)"
-        elif row in marked or len(rows) == 1:
-            style = dict(
-                zip(("color", "linestyle", "marker"), COMPARED[marked.index(row) % 4 if others else 0], strict=True)
-            )
-        ax.plot(iters, mean, label=label, markersize=3.5, markevery=max(1, len(iters) // 12), **style)
+    reference, others = next(row for row in rows if row["reference"]), [row for row in rows if not row["reference"]]
+    marked = [row for row in others if row["arm"] == "treatment"] or others or rows
+    end, low, high = 1, math.inf, -math.inf
+    for place, (group, row) in enumerate(zip(groups, rows, strict=True)):
+        iters, mean, sd = group.curve()
+        iters, mean, sd = (a if a is None else a[np.isfinite(mean)] for a in (iters, mean, sd))
+        color, linestyle, marker = "0.62", ("-", ":")[place % 2], None
+        if row in marked:
+            color, linestyle, marker = COMPARED[marked.index(row) % len(COMPARED)]
+        elif row is reference:
+            color, linestyle = "black", "--"
+        label = row["name"] + (" (reference)" if row is reference and others else "")
+        label += f", {len(row['seeds'])} seeds ± sd" if sd is not None else ""
+        every = max(1, len(iters) // 12)
+        ax.plot(iters, mean, color=color, linestyle=linestyle, marker=marker, ms=3.5, markevery=every, label=label)
         if sd is not None:
-            ax.fill_between(iters, mean - sd, mean + sd, color=style["color"], alpha=0.18, linewidth=0)
-    # the first tenth of a run falls too far to leave room for the rest
-    finite = [mean[np.isfinite(mean)] for _, mean, _ in curves]
-    low = min(losses.min() for losses in finite)
-    high = max(np.interp(0.1 * end, iters, mean) for iters, mean, _ in curves if np.isfinite(mean).all())
+            ax.fill_between(iters, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
+        end, low = max(end, iters[-1]), min(low, mean.min())
+        # the steep fall of the first iterations would leave no room for the rest: it is cut off
+        high = max(high, np.interp(0.15 * group.runs[0].knobs["max_iters"], iters, mean))
     ax.set(xlabel="iteration", ylabel="test loss (nats per token)", xlim=(0, end * 1.02))
-    target = reference["target"]["mean"]
     if others:
-        low = min(low, target)
-    line = max(high - low, 1e-6) / 14  # about the height of a line of text
-    ax.set_ylim(low - line * (1 + 2.3 * len(marked)), high + line)
-    if others:
+        target = reference["target"]["mean"]
         what = f"final test loss of {reference['name']}" if target_loss is None else "target test loss"
         ax.axhline(target, color="0.35", linewidth=0.8, linestyle=(0, (1, 2)), label=f"{what}: {target:.3f}")
-    for place, row in enumerate(marked):
+        low, high = min(low, target), max(high, target)
+    line = max(high - low, 1e-6) / 14  # about the height of a line of text
+    for place, row in enumerate(marked if others else []):
         mark_saving(ax, row, reference, target, low - line * (1.2 + 2.3 * place), line, end)
+    ax.set_ylim(low - line * (1 + 2.3 * (len(marked) if others else 0)), high + line)
     ax.legend(frameon=False, loc="upper right")
 
 
 def mark_saving(ax, row, reference, target, y, line, end):
     """At height y an arrow from the reference's iterations to the target to those of `row`; a line below, its text."""
     whole, iterations = reference["iterations"]["mean"], row["iterations"]["mean"]
-    if iterations is None or row["saved"]["mean"] is None:
-        who = row["name"] if iterations is None else f"{row['name']}: {reference['name']}"
-        ax.text(end, y - 0.6 * line, f"{who}: not reached", va="center", ha="right")
+    over = dict(va="center", bbox=dict(facecolor="white", edgecolor="none", pad=1.5))  # over the lines of other rows
+    if row["saved"]["mean"] is None:
+        result = f"not reached by {reference['name']}" if whole is None else "no saving: reached before the first step"
+        result = reach(row) if iterations is None else result
+        ax.text(end, y - 0.6 * line, f"{row['name']}: {result}", ha="right", **over)
         return
     change = {"mean": -row["saved"]["mean"], "sd": row["saved"]["sd"]}
     left, right = sorted((whole, iterations))
@@ -426,22 +375,22 @@ def mark_saving(ax, row, reference, target, y, line, end):
     arrow = dict(arrowstyle="-|>", color="black", linewidth=1.0, shrinkA=0, shrinkB=0, mutation_scale=8)
     ax.annotate("", xy=(iterations, y), xytext=(whole, y), arrowprops=arrow)
     x, side = (right, "right") if left + right > end else (left, "left")
-    ax.text(x, y - line, f"{row['name']}: {number(change, '+.1f', 100, '%')} iterations", va="center", ha=side)
+    ax.text(x, y - line, f"{row['name']}: {number(change, '+.1f', 100, '%')} iterations", ha=side, **over)
 
 
-def in_powers(*arrays):
-    """The arrays divided by the power of ten that suits their largest number, and the unit: '10⁻³ nats'."""
-    largest = max(np.abs(array).max(initial=0) for array in arrays)
+def in_powers(values):
+    """Values in nats divided by the power of ten that suits the largest of them, and the unit: '10⁻³ nats'."""
+    largest = np.abs(values).max()
     power = math.floor(math.log10(largest)) if largest > 0 else 0
     unit = f"10{str(power).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))} nats" if power else "nats"
-    return *(array / 10.0**power for array in arrays), unit
+    return values / 10.0**power, unit
 
 
 def draw_histogram(ax, value):
     """Values of windows, (n,) in nats, from the 0.5th to the 99.5th percentile; a bar is on one side of zero."""
     low, high = np.percentile(value, [0.5, 99.5])
     beyond = ((value < low) | (value > high)).mean()
-    (shown, unit) = in_powers(value[(value >= low) & (value <= high)])
+    shown, unit = in_powers(value[(value >= low) & (value <= high)])
     width = max(np.ptp(np.append(shown, 0)), 1e-12) / 60
     edges = np.arange(math.floor(min(shown.min(), 0) / width), math.floor(max(shown.max(), 0) / width) + 2) * width
     counts, _ = np.histogram(shown, edges)
@@ -464,9 +413,9 @@ def draw_domains(ax, value, domain, names):
     present, sizes = np.unique(domain, return_counts=True)
     large = present[np.argsort(-sizes)[: 14 if len(present) <= 14 else 13]]
     parts = {names[d]: value[domain == d] for d in large}
-    if len(large) < len(present):
-        parts[f"{len(present) - len(large)} others"] = value[~np.isin(domain, large)]
     parts = dict(sorted(parts.items(), key=lambda part: -(part[1] < 0).mean()))
+    if len(large) < len(present):
+        parts = {f"{len(present) - len(large)} others": value[~np.isin(domain, large)]} | parts
     quantiles = np.stack([np.percentile(part, [5, 25, 50, 75, 95]) for part in parts.values()])
     quantiles, unit = in_powers(quantiles)
     boxes = [dict(zip(("whislo", "q1", "med", "q3", "whishi"), row, strict=True)) for row in quantiles]
@@ -486,19 +435,16 @@ def draw_over_run(share_ax, value_ax, log):
     """The share of negative draws, and quantiles of the draws' values, in up to 40 stretches of the run."""
     bins = np.array_split(np.arange(len(log["iter"])), min(40, len(log["iter"])))
     middle = np.array([log["iter"][bin].mean() for bin in bins])
-    share_ax.plot(middle, [100 * (log["value"][bin] < 0).mean() for bin in bins], color="#b2432f")
-    share_ax.set(ylabel="negative\ndraws (%)", ylim=(0, None))
+    share_ax.plot(middle, [100 * (log["value"][bin] < 0).mean() for bin in bins], color=NEGATIVE["facecolor"])
+    share_ax.set(ylabel="negative\ndraws (%)", ylim=(0, None), xlim=(0, log["iter"][-1] + 1))
     share_ax.tick_params(labelbottom=False)
-    quantiles = np.stack([np.percentile(log["value"][bin], [5, 25, 50, 75, 95]) for bin in bins], 1)
-    quantiles, unit = in_powers(quantiles)
-    value_ax.fill_between(
-        middle, quantiles[0], quantiles[4], color="#d6e4f1", linewidth=0, label="5th to 95th percentile"
-    )
-    value_ax.fill_between(middle, quantiles[1], quantiles[3], color="#7fa8d1", linewidth=0, label="quartiles")
-    value_ax.plot(middle, quantiles[2], color="black", label="median")
+    q, unit = in_powers(np.stack([np.percentile(log["value"][bin], [5, 25, 50, 75, 95]) for bin in bins], 1))
+    value_ax.fill_between(middle, q[0], q[4], color="#d6e4f1", linewidth=0, label="5th to 95th percentile")
+    value_ax.fill_between(middle, q[1], q[3], color="#7fa8d1", linewidth=0, label="quartiles")
+    value_ax.plot(middle, q[2], color="black", label="median")
     value_ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
-    value_ax.set(xlabel="iteration", ylabel=f"value of a draw\n({unit})")
-    value_ax.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    value_ax.set(xlabel="iteration", ylabel=f"value of a draw\n({unit})", xlim=(0, log["iter"][-1] + 1))
+    value_ax.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98), borderpad=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,44 +468,37 @@ def extreme_windows(values, corpus, k=5):
     The k windows of the highest and the k of the lowest value, fewer where there are not so many: two lists of {id,
     value, visits, domain, text}, from the highest and from the lowest on.
     """
-    sample_id, value, visits = values
-    order = np.argsort(value, kind="stable")
-    k = min(k, max(1, len(order) // 2))
-    sides = []
-    for chosen in (order[::-1][:k], order[:k]):
-        side = []
+    order = np.argsort(values[1], kind="stable")
+    k, sides, T = min(k, max(1, len(order) // 2)), ([], []), corpus["block_size"]
+    for side, chosen in zip(sides, (order[::-1][:k], order[:k]), strict=True):
         for i in chosen:
-            start = sample_id[i] * corpus["block_size"]
-            tokens = corpus["tokens"][start : start + corpus["block_size"] + 1]
-            text = printable(corpus["encoding"].decode_bytes(tokens.tolist()))
-            domain = corpus["domains"][corpus["domain"][i]]
-            side.append(
-                dict(id=int(sample_id[i]), value=float(value[i]), visits=int(visits[i]), domain=domain, text=text)
-            )
-        sides.append(side)
+            sample_id, value, visits = (column[i].item() for column in values)
+            tokens = corpus["tokens"][sample_id * T : sample_id * T + T + 1].tolist()
+            text, domain = printable(corpus["encoding"].decode_bytes(tokens)), corpus["domains"][corpus["domain"][i]]
+            side.append(dict(id=sample_id, value=value, visits=visits, domain=domain, text=text))
     return sides
 
 
 def heading(window):
     visits = f"{window['visits']} visit" + "s" * (window["visits"] != 1)
-    return f"{window['value']:+.2e} nats in {visits}, window {window['id']}, {window['domain']}".replace("-", "−", 1)
+    value = f"{window['value']:+.2e}".replace("-", "−")
+    return f"{value} nats in {visits}, window {window['id']}, {window['domain']}"
 
 
-def draw_windows(axes, sides, columns=92, lines=2):
-    """The highest windows in the left of two axes and the lowest in the right, the first lines of each."""
-    for ax, title, side in zip(axes, ("Highest values", "Lowest values"), sides, strict=True):
-        ax.axis("off")
-        ax.set(ylim=((lines + 1.7) * len(side) + 1, 0), xlim=(0, 1))
-        ax.text(0, 0.3, title, fontweight="bold", va="center")
+def draw_windows(ax, sides, columns=90, lines=2):
+    """The highest windows on the left and the lowest on the right: the first lines of each, runs of blanks as one."""
+    ax.axis("off")
+    ax.set(ylim=(1 + max(map(len, sides)) * (lines + 1.6), 0), xlim=(0, 1))
+    for x, title, side in zip((0, 0.51), ("Highest values", "Lowest values"), sides, strict=True):
+        ax.text(x, 0, title, fontweight="bold", va="center")
         for place, window in enumerate(side):
-            y = 1.9 + place * (lines + 1.7)
-            ax.text(0, y, heading(window), fontsize=7.5, va="center", color="0.25")
-            text = window["text"]
-            if len(text) > columns * lines:
-                text = text[: columns * lines - 1] + "…"
+            y = 1.6 + place * (lines + 1.6)
+            ax.text(x, y, heading(window), fontsize=7.5, va="center", color="0.25")
+            text = re.sub(" +", " ", window["text"]).strip()
+            text = text if len(text) <= columns * lines else text[: columns * lines - 1] + "…"
             for row in range(lines):
                 part = text[row * columns : (row + 1) * columns]
-                ax.text(0, y + 1 + row, part, fontsize=6.3, family="DejaVu Sans Mono", va="center")
+                ax.text(x, y + 1 + row, part, fontsize=6.2, family="DejaVu Sans Mono", va="center")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,10 +518,8 @@ def open_corpus(run, sample_id):
         mend = "prepare that one again (python prepare_owt.py) or move it back there"
         raise UserError(f"{folder}: not the corpus that {run.folder} was trained on; {mend}")
     domain = window_domains(folder, "train", sample_id, knobs["block_size"], meta)
-    tokens, encoding = open_split(folder, "train", meta), get_tokenizer(meta["tokenizer"])
-    return dict(
-        tokens=tokens, encoding=encoding, block_size=knobs["block_size"], domains=meta["domains"], domain=domain
-    )
+    corpus = dict(tokens=open_split(folder, "train", meta), encoding=get_tokenizer(meta["tokenizer"]))
+    return corpus | dict(block_size=knobs["block_size"], domains=meta["domains"], domain=domain)
 
 
 def figures(groups, rows, target_loss, out):
@@ -602,7 +539,7 @@ def figures(groups, rows, target_loss, out):
     draw_loss(ax, groups, rows, target_loss)
     save(fig, "loss.png")
 
-    run = next((run for group in groups for run in group.runs if has_values(run)), None)
+    run = next((run for group in groups for run in group.runs if run.has_values), None)
     if run is None:
         return paths, ["No run has values (values.npz of a run with --score=True that has ended): no value figures."]
     values, log = load_values(run.folder), read_log(run.folder)
@@ -612,19 +549,24 @@ def figures(groups, rows, target_loss, out):
         folder = os.path.join(run.knobs["data_dir"], run.knobs["dataset"])
         notes.append(f"{folder}: the corpus is not here, so there are no domains and no windows as text.")
 
-    many = corpus is not None and len(np.unique(corpus["domain"])) > 1
-    left = [["histogram"], ["histogram"], ["share"], ["quantiles"]]
-    fig = plt.figure(figsize=(9.6 if many else 5.6, 5.8))
-    mosaic = [row + ["domains"] for row in left] if many else left
-    axes = fig.subplot_mosaic(mosaic, height_ratios=[1, 0.8, 0.7, 1])
+    domains = ["domains"] if corpus and len(np.unique(corpus["domain"])) > 1 else []
+    fig = plt.figure(figsize=(9.6 if domains else 5.6, 6))
+    mosaic = [[name, *domains] for name in ("histogram", "share", "quantiles")]
+    axes = fig.subplot_mosaic(mosaic, height_ratios=[1.9, 0.7, 1.1])
     draw_histogram(axes["histogram"], values[1])
     draw_over_run(axes["share"], axes["quantiles"], log)
-    if many:
+    if domains:
         draw_domains(axes["domains"], values[1], corpus["domain"], corpus["domains"])
     save(fig, "values.png")
 
-    sides = extreme_windows(values, corpus) if corpus else [[], []]
+    fig = plt.figure(figsize=(10.2, 6.9 if corpus else 3.9))
+    mosaic = [["loss", "histogram"]] + ([["windows", "windows"]] if corpus else [])
+    axes = fig.subplot_mosaic(mosaic, height_ratios=[3.9, 3.0] if corpus else None)
+    draw_loss(axes["loss"], groups, rows, target_loss)
+    draw_histogram(axes["histogram"], values[1])
     if corpus:
+        sides = extreme_windows(values, corpus)
+        draw_windows(axes["windows"], sides)
         paths["windows.txt"] = os.path.join(out, "windows.txt")
         with atomic_write(paths["windows.txt"]) as file:
             for title, side in zip(("Highest", "Lowest"), sides, strict=True):
@@ -632,14 +574,6 @@ def figures(groups, rows, target_loss, out):
                 for window in side:
                     text = window["text"].replace("↵", "↵\n    ")
                     file.write(f"{heading(window)}\n    {text}\n\n".encode())
-
-    fig = plt.figure(figsize=(10.2, 6.9 if corpus else 3.9))
-    mosaic = [["loss", "histogram"]] + ([["highest", "lowest"]] if corpus else [])
-    axes = fig.subplot_mosaic(mosaic, height_ratios=[3.9, 3.0] if corpus else None)
-    draw_loss(axes["loss"], groups, rows, target_loss)
-    draw_histogram(axes["histogram"], values[1])
-    if corpus:
-        draw_windows((axes["highest"], axes["lowest"]), sides)
     save(fig, "report.png")
     return paths, notes
 
@@ -647,9 +581,7 @@ def figures(groups, rows, target_loss, out):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="run", help="a run's folder")
-    parser.add_argument(
-        "--reference", metavar="RUN", help="compare with this run; default: the control, else the first"
-    )
+    parser.add_argument("--reference", metavar="RUN", help="default: the control among the runs, else the first")
     parser.add_argument("--target_loss", type=float, metavar="NATS", help="default: the reference's final test loss")
     parser.add_argument("--out", default="out/report", metavar="FOLDER", help="for the figures; default: out/report")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the table")

@@ -1,12 +1,12 @@
 """
 Trains GPT-2 and, in the same backward pass, values every training sample (data_value.py says how).
 
-    python train.py config/demo_baseline.py                        # a laptop, after: python prepare_owt.py
-    --source=python python train.py config/baseline.py                             # GPT-2 124M, every window of every
-    batch valued python train.py config/filtered.py                             # the control: the windows the
-    baseline has valued python train.py config/filtered.py --filter_negative=True      # the treatment: those of them
-    not below zero python train.py config/baseline.py --init_from=resume          # go on after an interruption, as if
-    there had been none python train.py --help                                         # the knobs
+    python prepare_owt.py --source=python && python train.py config/demo_baseline.py     # minutes on a laptop
+    python train.py config/baseline.py                           # GPT-2 124M, every window of every batch valued
+    python train.py config/filtered.py                           # the control: the windows the baseline has valued
+    python train.py config/filtered.py --filter_negative=True    # the treatment: those of them not below zero
+    python train.py config/baseline.py --init_from=resume        # go on after an interruption, as if there was none
+    python train.py --help                                       # the knobs
 
 A run's folder, out_dir, gets config.json, metrics.jsonl, ckpt.pt, dot_prod/ and, when the run has ended, values.npz.
 """
@@ -162,31 +162,26 @@ def load_checkpoint(path, device):
 
 
 def make_model(knobs, vocab_size, checkpoint):
-    """
-    The model that init_from asks for, with knobs.n_layer, n_head and n_embd set to its own where it is pretrained.
-    """
-    shape = {key: getattr(knobs, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
-    shape["vocab_size"] = knobs.vocab_size or vocab_size
-    if knobs.init_from in ("scratch", "resume") or checkpoint is not None:
+    """The model that init_from asks for; `vocab_size` is the corpus's, `checkpoint` that of a resumption or ckpt.pt."""
+    if knobs.init_from == "resume":
+        model = GPT(GPTConfig(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint["model"])
+    elif knobs.init_from == "scratch" or checkpoint is not None:
+        shape = {key: getattr(knobs, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+        shape["vocab_size"] = knobs.vocab_size or vocab_size
         model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
         if checkpoint is not None:
-            found = checkpoint["model_args"]
             for key, value in shape.items():
-                if found.get(key) != value:
-                    raise UserError(
-                        f"--init_from={knobs.init_from}: its {key} is {found.get(key)}, this run's is {value}"
-                    )
-            # torch.compile's wrapper leaves a prefix in checkpoints that were saved through it
+                found = checkpoint["model_args"].get(key)
+                if found != value:
+                    raise UserError(f"--init_from={knobs.init_from}: its {key} is {found}, this run's is {value}")
+            # nanoGPT's torch.compile leaves a prefix in its checkpoints
             model.load_state_dict({key.removeprefix("_orig_mod."): t for key, t in checkpoint["model"].items()})
     else:
         model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
         if knobs.block_size > model.config.block_size:
-            raise UserError(
-                f"--block_size={knobs.block_size}: {knobs.init_from} has {model.config.block_size} positions"
-            )
+            raise UserError(f"--block_size={knobs.block_size}: it has {model.config.block_size} positions")
         model.crop_block_size(knobs.block_size)
-        for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size"):
-            setattr(knobs, key, getattr(model.config, key))
     if model.config.vocab_size < vocab_size:
         raise UserError(f"--vocab_size={model.config.vocab_size}: the corpus {knobs.dataset} has {vocab_size} tokens")
     return model
@@ -217,7 +212,7 @@ def load_filter(knobs, fingerprint):
     return sample_id, value
 
 
-def describe(knobs, fingerprint, parameters, coverage):
+def describe(knobs, fingerprint, model, coverage):
     """What config.json says of a run: everything that it takes to repeat it."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     try:
@@ -228,7 +223,8 @@ def describe(knobs, fingerprint, parameters, coverage):
     return {
         "knobs": asdict(knobs),
         "fingerprint": fingerprint,
-        "parameters": parameters,
+        "model": asdict(model.config),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "coverage": coverage,
         "commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -300,6 +296,7 @@ def main():
     if resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         iter_num, position = checkpoint["iter_num"], checkpoint["position"]
+        knobs.init_from = checkpoint["knobs"]["init_from"]  # what config.json shall go on saying
         negative = list(torch.tensor(checkpoint["negative"], device=knobs.device))
         torch.set_rng_state(checkpoint["rng"].cpu())
         if device_type == "cuda":
@@ -314,7 +311,7 @@ def main():
     autocast = torch.autocast(device_type, torch.bfloat16) if knobs.dtype == "bfloat16" else nullcontext()
 
     os.makedirs(knobs.out_dir, exist_ok=True)
-    description = describe(knobs, meta["fingerprint"], sum(p.numel() for p in params), coverage)
+    description = describe(knobs, meta["fingerprint"], model, coverage)
     with atomic_write(os.path.join(knobs.out_dir, "config.json")) as file:
         file.write(json.dumps(description, indent=1).encode())
     metrics_file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)

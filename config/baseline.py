@@ -36,11 +36,10 @@ grad_clip = 1.0
 
 # The values. m = 1 validation window costs 1/16 of a step here, and is what the paper's setting comes to, but the
 # direction of one window is mostly noise: a large share of the signs is then wrong. The validation pass is paid once
-# an iteration, whatever the number of micro-batches, so that a large batch pays for a large m. We recommend, instead
-# of the next two lines, val_batch_size = 16, value_direction = "adam", gradient_accumulation_steps = 30 which is
-# nanoGPT's batch of 480 windows, with a validation pass of 16 / 480 = 3.3% of an iteration. 'adam' scales the
-# direction as the optimiser scales its steps; 'sgd' is the paper's, derived for SGD and used as a proxy (its Remark
-# 7).
+# an iteration, whatever the number of micro-batches, so that a large batch pays for a large m. We recommend
+#   --val_batch_size=16 --value_direction=adam --gradient_accumulation_steps=30
+# which is nanoGPT's batch of 480 windows, with a validation pass of 16 / 480 = 3.3% of an iteration. 'adam' scales the
+# direction as the optimiser scales its steps; 'sgd' is the paper's, derived for SGD and used as a proxy (Remark 7).
 score = True
 val_batch_size = 1
 value_direction = "sgd"

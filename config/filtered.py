@@ -1,9 +1,9 @@
 # GPT-2 124M on the windows that config/baseline.py has valued: 10,000 iterations, all other settings the baseline's.
 #
-# python train.py config/filtered.py                            the control, in out/control: all of those windows
-# python train.py config/filtered.py --filter_negative=True     the treatment, in out/filtered: those not below zero
-# python train.py config/filtered.py --drop_random=0.25         the other control, in out/random: as many dropped, at
-# random python report.py out/baseline out/control out/filtered
+#   python train.py config/filtered.py                           the control, in out/control: all of those windows
+#   python train.py config/filtered.py --filter_negative=True    the treatment, in out/filtered: those not below zero
+#   python train.py config/filtered.py --drop_random=0.16        the other control, in out/random: as many, at random
+#   python report.py out/baseline out/control out/filtered out/random
 #
 # The arms differ in nothing else. The reference of the comparison is the control, not the baseline: that has seen
 # each of its windows once in 20,000 iterations, and its learning rate is still high after 10,000.

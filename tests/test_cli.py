@@ -1,0 +1,240 @@
+"""The real scripts on a small corpus: the whole path, interruption, and what a user may get wrong."""
+
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import prepare_owt
+import pytest
+import torch
+
+import report
+import train
+from data_value import load_values, read_log
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = (
+    "--dataset=tiny --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_iters=3 --eval_interval=4 "
+    "--max_iters=8 --warmup_iters=2 --checkpoint_interval=3 --log_interval=2 --learning_rate=1e-2 "
+    "--device=cpu --dtype=float32 --compile=False"
+)
+
+
+def call(main, arguments):
+    """Run a script's main in this process, with `arguments` as its command line."""
+    argv, sys.argv = sys.argv, ["script.py", *arguments.split()]
+    try:
+        return main()
+    finally:
+        sys.argv = argv
+
+
+def metrics(out_dir):
+    """metrics.jsonl without the timings."""
+    with open(os.path.join(out_dir, "metrics.jsonl"), encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return [{k: v for k, v in line.items() if k not in ("step_ms", "val_ms", "tokens_per_s")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Text of this Python's library in two domains, as jsonl, prepared with the byte tokenizer: the folder of data/."""
+    folder = tmp_path_factory.mktemp("corpus")
+    with open(folder / "tiny.jsonl", "w", encoding="utf-8") as file:
+        for i, text in enumerate(inspect.getsource(textwrap).split("\n\n")):
+            file.write(json.dumps({"text": text, "domain": ("even", "odd")[i % 2]}) + "\n")
+    arguments = f"--source={folder}/tiny.jsonl --tokenizer=bytes --domain_field=domain --data_dir={folder}/data"
+    call(prepare_owt.main, f"{arguments} --val_fraction=0.2 --test_fraction=0.2")
+    return folder
+
+
+@pytest.fixture
+def home(corpus, tmp_path, monkeypatch):
+    """A fresh working folder with a copy of the corpus in data/."""
+    shutil.copytree(corpus / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def baseline(corpus, tmp_path_factory):
+    """A scored run, made once."""
+    out_dir = str(tmp_path_factory.mktemp("runs") / "baseline")
+    call(train.main, f"{TINY} --data_dir={corpus}/data --score=True --val_batch_size=4 --out_dir={out_dir}")
+    return out_dir
+
+
+def test_a_scored_run_leaves_what_the_design_promises(baseline):
+    assert sorted(os.listdir(baseline)) == ["ckpt.pt", "config.json", "dot_prod", "metrics.jsonl", "values.npz"]
+    log = read_log(baseline)
+    assert log["iter"].tolist() == list(range(8)) and log["sample_id"].shape == (8, 4)
+    assert sorted(os.listdir(f"{baseline}/dot_prod")) == [f"dot_prod_log_iter_{n}.pt" for n in (3, 6, 8)]
+    sample_id, value, visits = load_values(baseline)
+    assert visits.sum() == 32 and len(sample_id) == 32 and value.sum() == pytest.approx(log["value"].sum())
+    lines = metrics(baseline)
+    assert [line["iter"] for line in lines if "test_loss" in line] == [0, 4, 8]
+    reports = [line for line in lines if "loss" in line]
+    assert [line["iter"] for line in reports] == [0, 2, 4, 6, 7]
+    for line in reports:
+        assert line["value_sum"] == pytest.approx(log["value"][line["iter"]].sum(), rel=1e-4)
+        assert 0 <= line["negative"] <= 1
+    drop = [line["realised"] for line in reports]
+    assert np.corrcoef(drop, [line["predicted"] for line in reports])[0, 1] > 0.5
+    with open(f"{baseline}/config.json", encoding="utf-8") as file:
+        config = json.load(file)
+    assert config["knobs"]["val_batch_size"] == 4 and config["versions"]["torch"] == torch.__version__
+
+
+def test_a_scored_run_trains_exactly_as_an_unscored_one(home, baseline):
+    call(train.main, f"{TINY} --out_dir=out/plain")
+    plain, scored = (torch.load(f"{run}/ckpt.pt", weights_only=True)["model"] for run in ("out/plain", baseline))
+    for key, value in plain.items():
+        torch.testing.assert_close(scored[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_gives_the_values_of_the_whole_batch(home, baseline):
+    call(
+        train.main,
+        f"{TINY} --score=True --val_batch_size=4 --out_dir=out/a --batch_size=1 --gradient_accumulation_steps=4",
+    )
+    ours, theirs = read_log("out/a"), read_log(baseline)
+    assert np.array_equal(ours["sample_id"], theirs["sample_id"])
+    np.testing.assert_allclose(ours["value"], theirs["value"], rtol=2e-3, atol=1e-7)
+
+
+def test_control_filtered_and_random_arms(home, baseline, capsys):
+    arm = f"{TINY} --filter_from={baseline} --out_dir=out/{{arm}}"
+    for flag in ("", "--filter_negative=True", "--drop_random=0.25"):
+        call(train.main, f"{arm} {flag} --score=True")
+    printed = capsys.readouterr().out
+    assert "32 scored" in printed and "the filter can touch 100.0% of the draws" in printed
+    sample_id, value, _ = load_values(baseline)
+    drawn = {name: set(read_log(f"out/{name}")["sample_id"].ravel()) for name in ("control", "filtered", "random")}
+    assert drawn["control"] == set(sample_id)
+    assert drawn["filtered"] <= set(sample_id[value >= 0]) and drawn["random"] < drawn["control"]
+    call(train.main, f"{arm} --filter_negative=True --filter_pool=all --out_dir=out/all --score=True")
+    seen = set(read_log("out/all")["sample_id"].ravel())
+    assert not seen & set(sample_id[value < 0]) and seen - set(sample_id)
+    call(report.main, f"{baseline} out/control out/filtered --out=out/report")
+    assert any(name.endswith(".png") for name in os.listdir("out/report"))
+
+
+def test_the_adam_direction_and_dropout_and_bfloat16(home):
+    flags = "--score=True --value_direction=adam --dropout=0.1 --dtype=bfloat16 --val_batch_size=9"
+    call(train.main, f"{TINY} {flags} --out_dir=out/x")
+    assert np.isfinite(load_values("out/x")[1]).all() and metrics("out/x")[-2]["loss"] < metrics("out/x")[1]["loss"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_killed_run_resumes_as_if_nothing_had_happened(home, dropout):
+    flags = f"{TINY} --score=True --val_batch_size=3 --value_direction=adam --dropout={dropout} --max_iters=60"
+    call(train.main, f"{flags} --out_dir=out/whole")
+    command = [sys.executable, f"{ROOT}/train.py", *flags.split(), "--out_dir=out/killed"]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not os.path.exists("out/killed/dot_prod/dot_prod_log_iter_12.pt"):
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, run.stderr.read()
+    assert not os.path.exists("out/killed/values.npz")
+    call(train.main, f"{flags} --out_dir=out/killed --init_from=resume")
+    assert metrics("out/killed") == metrics("out/whole")
+    for a, b in zip(read_log("out/killed").values(), read_log("out/whole").values(), strict=True):
+        assert np.array_equal(a, b)
+    for a, b in zip(load_values("out/killed"), load_values("out/whole"), strict=True):
+        assert np.array_equal(a, b)
+    states = [torch.load(f"out/{run}/ckpt.pt", weights_only=True)["model"] for run in ("killed", "whole")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_run_can_be_made_longer(home):
+    call(train.main, f"{TINY} --score=True --out_dir=out/x --lr_decay_iters=12")
+    call(train.main, f"{TINY} --score=True --out_dir=out/x --lr_decay_iters=12 --max_iters=12 --init_from=resume")
+    call(train.main, f"{TINY} --score=True --out_dir=out/y --lr_decay_iters=12 --max_iters=12")
+    assert np.array_equal(load_values("out/x")[1], load_values("out/y")[1])
+
+
+def refused(arguments, match):
+    with pytest.raises(SystemExit, match=match) as error:
+        call(train.main, arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_the_corpus_is_checked(home):
+    refused(f"{TINY} --dataset=nothing", "data/nothing.*prepare_owt.py")
+    refused(f"{TINY} --block_size=100000", "train.bin: .* make 0 windows of 100000.*lower --block_size")
+    refused(f"{TINY} --score=True --val_batch_size=100000", "val.bin.*100000 are needed; lower --val_batch_size")
+    refused(f"{TINY} --vocab_size=100", "--vocab_size=100: the corpus tiny has 257 tokens")
+    path = home / "data" / "tiny" / "train.bin"
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(TINY, "train.bin.*truncated")
+    path.unlink()
+    refused(TINY, "train.bin")
+
+
+def test_a_token_id_beyond_the_vocabulary_is_named(home):
+    tokens = np.fromfile("data/tiny/train.bin", dtype="<u2")
+    tokens[:] = 60000
+    tokens.tofile("data/tiny/train.bin")
+    refused(f"{TINY} --out_dir=out/x", "train.bin: token id 60000 in window .*vocab_size = 257")
+
+
+def test_the_out_dir_and_the_checkpoint_are_checked(home):
+    refused(f"{TINY} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: no such checkpoint")
+    call(train.main, f"{TINY} --out_dir=out/x")
+    refused(f"{TINY} --out_dir=out/x", "out/x: holds a run already.*--init_from=resume")
+    refused(f"{TINY} --out_dir=out/x --init_from=resume --n_embd=32", "n_embd = 16, not 32; resume with --n_embd=16")
+    refused(f"{TINY} --out_dir=out/y --init_from=out/x/ckpt.pt --n_layer=2", "its n_layer is 1, this run's is 2")
+    call(train.main, f"{TINY} --out_dir=out/y --init_from=out/x/ckpt.pt")  # the weights alone: another run
+    meta = json.loads((home / "data/tiny/meta.json").read_text())
+    meta["fingerprint"] = "0" * 64
+    (home / "data/tiny/meta.json").write_text(json.dumps(meta))
+    refused(f"{TINY} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: trained on another corpus")
+    (home / "out/x/ckpt.pt").write_bytes(b"not a checkpoint")
+    refused(f"{TINY} --out_dir=out/x --init_from=resume", "ckpt.pt: not a checkpoint")
+
+
+def test_the_filter_s_source_is_checked(home, baseline):
+    filtered = f"{TINY} --filter_negative=True --out_dir=out/f"
+    refused(f"{filtered} --filter_from=out/none", "out/none/values.npz: no such file")
+    refused(f"{filtered} --filter_from={baseline} --block_size=8", "windows of 16 tokens; use --block_size=16")
+    shutil.copytree(baseline, "out/b")
+    config = json.loads((home / "out/b/config.json").read_text())
+    (home / "out/b/config.json").write_text(json.dumps(config | {"fingerprint": "0"}))
+    refused(f"{filtered} --filter_from=out/b", "valued another corpus")
+    (home / "out/b/config.json").write_text(json.dumps(config))
+    sample_id, value, visits = load_values("out/b")
+    np.savez("out/b/values.npz", sample_id=sample_id, value=-np.abs(value) - 1, visits=visits)
+    refused(f"{filtered} --filter_from=out/b", "nothing is left to train on: 32 of 32 scored windows are negative")
+    assert not os.path.exists("out/f")
+
+
+def test_no_gpu_no_wandb(home, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(f"{TINY} --device=cuda", "no GPU is available here; use --device=cpu")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(f"{TINY} --wandb_log=True --out_dir=out/w", "pip install wandb")
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(home):
+    result = subprocess.run([sys.executable, f"{ROOT}/train.py", "--bach_size=3"], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == "the command line: there is no knob 'bach_size'; did you mean 'batch_size'?\n"
+
+
+def test_training_from_pretrained_weights(home):
+    transformers = pytest.importorskip("transformers")
+    shape = dict(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained("gpt2-tiny")
+    call(train.main, f"{TINY} --init_from=gpt2-tiny --score=True --out_dir=out/x")
+    config = json.loads((home / "out/x/config.json").read_text())
+    assert config["model"]["vocab_size"] == 300 and config["model"]["n_layer"] == 1
+    call(train.main, f"{TINY} --init_from=resume --score=True --out_dir=out/x")
+    assert config["model"]["block_size"] == 16
+    refused(f"{TINY} --init_from=gpt2-tiny --block_size=64 --out_dir=out/y", "--block_size=64: it has 32 positions")

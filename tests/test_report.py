@@ -1,0 +1,357 @@
+"""The report on runs made by hand: its numbers against those worked out on paper, its figures, what it refuses."""
+
+import json
+import os
+
+import matplotlib.image
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import report
+from configurator import UserError
+from data_value import write_values
+
+KNOBS = dict(
+    init_from="scratch",
+    data_dir="data",
+    dataset="tiny",
+    block_size=8,
+    batch_size=4,
+    gradient_accumulation_steps=1,
+    max_iters=40,
+    eval_interval=10,
+    eval_iters=2,
+    log_interval=10,
+    seed=1,
+    score=False,
+    val_batch_size=2,
+    value_direction="sgd",
+    filter_from="",
+    filter_pool="scored",
+    filter_negative=False,
+    drop_random=0.0,
+    learning_rate=1e-3,
+)
+CONTROL = dict(filter_from="out/baseline")
+FILTERED = dict(filter_from="out/baseline", filter_negative=True)
+COVERAGE = dict(corpus=1000, scored=160, negative=40, eligible=120, touchable=1.0)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def make_run(folder, losses, scored=False, fingerprint="abc", coverage=None, **knobs):
+    """A run evaluated every 10 iterations with the given test losses."""
+    os.makedirs(folder)
+    knobs = {**KNOBS, **knobs, "out_dir": folder, "score": scored}
+    if knobs["filter_from"]:
+        coverage = coverage or COVERAGE
+    with open(f"{folder}/config.json", "w") as file:
+        json.dump(dict(knobs=knobs, fingerprint=fingerprint, coverage=coverage), file)
+    with open(f"{folder}/metrics.jsonl", "w") as file:
+        for k, loss in enumerate(losses):
+            file.write(json.dumps({"iter": 10 * k, "test_loss": loss}) + "\n")
+            if k + 1 < len(losses):
+                line = {"iter": 10 * k, "loss": loss, "lr": 1e-3, "step_ms": 900.0 if k == 0 else 120.0 + k}
+                if scored:  # the line of iteration 0 speaks of one step, those after it of ten each
+                    line |= {"negative": 1.0 if k == 0 else 0.25, "val_ms": 20.0, "step_ms": line["step_ms"] + 20}
+                file.write(json.dumps(line) + "\n")
+    return folder
+
+
+def make_log(folder, values, sample_id):
+    """The dot-product log and the values of a run: values, sample_id (k, B)."""
+    k, B = values.shape
+    os.makedirs(f"{folder}/dot_prod")
+    log = dict(iter=torch.arange(k), lr=torch.full((k,), 0.5).double(), clip=torch.ones(k).double())
+    log |= dict(sample_id=torch.tensor(sample_id), dot_product=torch.tensor(values * B / 0.5, dtype=torch.float32))
+    torch.save(log, f"{folder}/dot_prod/dot_prod_log_iter_{k}.pt")
+    write_values(folder)
+
+
+TEXT = [b"plain te", b"xt with ", b"$math$ \\", b"\n\ttab\x00\x07\xff", b"\xe4\xb8\xad \xc3\xa9", b"\xff\xfe\r\n_^{}"]
+
+
+@pytest.fixture
+def corpus(monkeypatch):
+    """A corpus of 40 windows of 8 bytes, two domains, that prepare_owt.py's functions are made to give."""
+    text = b"".join(part.ljust(8)[:8] for part in TEXT) * 7
+    tokens = np.frombuffer(text[: 40 * 8 + 1], np.uint8).astype(np.uint16)
+    os.makedirs("data/tiny")
+    meta = dict(fingerprint="abc", tokenizer="bytes", domains=["even", "odd"])
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(report, "load_meta", lambda folder: meta)
+    monkeypatch.setattr(report, "open_split", lambda folder, split, meta: tokens)
+    monkeypatch.setattr(report, "window_domains", lambda folder, split, ids, block_size, meta: ids % 2)
+    monkeypatch.setattr(report, "get_tokenizer", lambda name: encoding)
+    return meta
+
+
+def make_baseline(losses=(5, 4, 3, 2.5, 2), **knobs):
+    """A scored run whose window i has the value i - 10 micronats, each of 40 windows visited four times."""
+    make_run("out/baseline", losses, scored=True, **knobs)
+    sample_id = np.stack([np.random.default_rng(i).permutation(40) for i in range(4)]).reshape(40, 4)
+    make_log("out/baseline", (sample_id - 10) * 1e-6 / 4, sample_id)
+    return "out/baseline"
+
+
+def result(capsys, *argv):
+    report.main([*argv, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def rows_of(capsys, *argv):
+    return {row["name"]: row for row in result(capsys, *argv)["rows"]}
+
+
+def test_the_first_crossing():
+    iters, losses = np.array([0, 10, 20, 30, 40]), np.array([5.0, 4.0, 3.0, 3.5, 2.0])
+    assert report.first_crossing(iters, losses, 3.25) == 17.5
+    assert report.first_crossing(iters, losses, 3.0) == 20
+    assert report.first_crossing(iters, losses, 2.75) == 35
+    assert report.first_crossing(iters, losses, 6.0) == 0
+    assert report.first_crossing(iters, losses, 1.9) is None
+    assert report.first_crossing(iters, np.array([5.0, 4.0, np.nan, np.nan, np.nan]), 3.0) is None
+
+
+def test_the_saving_against_a_noisy_control(capsys):
+    make_run("out/control", [5, 4, 2.9, 3.2, 3.0], **CONTROL)  # at its final 3.0 first at 10 + 10 * 1 / 1.1
+    make_run("out/filtered", [5, 3.5, 2.5, 2.4, 2.2], **FILTERED)  # at 10 + 10 * 0.5 / 1
+    rows = rows_of(capsys, "out/filtered", "out/control")
+    assert rows["control"]["reference"] and not rows["filtered"]["reference"]
+    assert rows["control"]["iterations"]["mean"] == pytest.approx(10 + 10 / 1.1)
+    assert rows["filtered"]["iterations"]["mean"] == 15
+    assert rows["filtered"]["saved"]["mean"] == pytest.approx(1 - 15 / (10 + 10 / 1.1))
+    assert rows["control"]["saved"]["mean"] == 0
+    assert rows["control"]["final_loss"]["mean"] == 3.0 and rows["control"]["best_loss"]["mean"] == 2.9
+    assert rows["filtered"]["coverage"] == COVERAGE
+
+
+def test_a_saving_is_negative_or_absent_where_it_is(capsys):
+    make_run("out/control", [5, 4, 3, 2, 1.0], **CONTROL, seed=1)
+    make_run("out/late", [5, 4.5, 4, 3, 1.0, 1.0], **FILTERED, max_iters=50)
+    make_run("out/never", [5, 4, 3, 2, 1.1], **CONTROL, drop_random=0.25)
+    rows = rows_of(capsys, "out/control", "out/late", "out/never", "--target_loss=2")
+    assert rows["late"]["saved"]["mean"] == pytest.approx(1 - 35 / 30)
+    report.main(["out/control", "out/late", "out/never"])
+    out = capsys.readouterr().out
+    assert out.count("not reached") == 1  # by never
+    assert "late differs from control in more than its windows: max_iters 50 (not 40)" in out
+    rows = rows_of(capsys, "out/control", "out/late", "--target_loss=0.5")  # not by the reference either
+    assert rows["control"]["iterations"]["mean"] is None and rows["late"]["saved"]["mean"] is None
+    rows = rows_of(capsys, "out/control", "out/late", "--target_loss=7")
+    assert rows["late"]["iterations"]["mean"] == 0 and rows["late"]["saved"]["mean"] is None
+
+
+def test_the_reference(capsys):
+    make_baseline()
+    make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
+    make_run("out/filtered", [5, 4, 3, 2, 1], **FILTERED)
+    runs = ["out/baseline", "out/filtered", "out/control"]
+    for argv, name in (
+        (runs, "control"),
+        (runs[:2], "baseline"),
+        ([*runs, "--reference=out/filtered/"], "filtered"),
+        ([*runs, "out/control/"], "control"),  # the same folder twice is one run
+    ):
+        rows = rows_of(capsys, *argv)
+        assert [row["name"] for row in rows.values() if row["reference"]] == [name]
+    with pytest.raises(UserError, match="--reference=out/other: not among the runs .*out/control.*add it"):
+        report.main([*runs, "--reference=out/other"])
+
+
+def test_seeds_are_averaged_and_paired(capsys):
+    make_run("out/control_s1", [5, 4, 3, 2.5, 2.0], **CONTROL, seed=1)
+    make_run("out/control_s2", [5, 4, 3, 2.5, 1.0], **CONTROL, seed=2)
+    make_run("out/filtered_s1", [5, 4, 2, 1, 1], **FILTERED, seed=1)  # 2.0 at 20: saves 1/2 of seed 1's 40
+    make_run("out/filtered_s2", [5, 4, 2, 1, 1], **FILTERED, seed=2)  # 1.0 at 30: saves 1/4 of seed 2's 40
+    make_run("out/filtered_s3", [5, 4, 2, 1, 1], **FILTERED, seed=3)  # the mean's 1.5 at 25: saves 3/8 of 40
+    rows = rows_of(capsys, *(f"out/control_s{s}" for s in (1, 2)), *(f"out/filtered_s{s}" for s in (1, 2, 3)))
+    assert rows["filtered"]["saved"]["each"] == pytest.approx([1 / 2, 1 / 4, 3 / 8])
+    assert rows["filtered"]["saved"]["mean"] == pytest.approx(3 / 8)
+    assert rows["filtered"]["saved"]["sd"] == pytest.approx(1 / 8)
+    assert rows["filtered"]["target"]["each"] == [2.0, 1.0, 1.5]
+    assert rows["control"]["seeds"] == [1, 2] and rows["control"]["final_loss"]["mean"] == 1.5
+    report.main(["out/control_s1", "out/control_s2", "out/filtered_s1", "out/filtered_s2"])
+    out = capsys.readouterr().out
+    assert "37.5 ± 17.7%" in out and "1.5000 ± 0.7071" in out and "±: standard deviation over seeds" in out
+
+
+def test_a_mean_saving_needs_every_seed(capsys):
+    for seed, losses in ((1, [5, 1.0]), (2, [5, 3.0])):
+        make_run(f"out/control_s{seed}", [5, 2.0], **CONTROL, seed=seed, max_iters=10)
+        make_run(f"out/filtered_s{seed}", losses, **FILTERED, seed=seed, max_iters=10)
+    report.main([f"out/{arm}_s{seed}" for arm in ("control", "filtered") for seed in (1, 2)])
+    assert "not reached (1 of 2 did)" in capsys.readouterr().out
+
+
+def test_what_a_group_is(capsys):
+    for m in (1, 16):  # arms by the values of different runs are no seeds of each other
+        for seed in (1, 2):
+            make_run(f"out/m{m}_s{seed}", [5, 2], scored=True, val_batch_size=m, seed=seed, max_iters=10)
+            arm = dict(FILTERED, filter_from=f"out/m{m}_s{seed}", seed=seed, max_iters=10)
+            make_run(f"out/filtered_m{m}_s{seed}", [5, 2], **arm)
+    make_run("out/again", [5, 2], **dict(FILTERED, filter_from="out/m1_s1", max_iters=10))  # a seed it has already
+    make_run("out/big", [5, 2], **dict(FILTERED, filter_from="out/m1_s1", max_iters=10, learning_rate=1.0, seed=3))
+    names = sorted((f"out/{name}" for name in os.listdir("out")), reverse=True)
+    assert [row["folders"] for row in result(capsys, *names)["rows"]] == [
+        ["out/m1_s2", "out/m1_s1"],
+        ["out/m16_s2", "out/m16_s1"],
+        ["out/filtered_m1_s2", "out/filtered_m1_s1"],
+        ["out/filtered_m16_s2", "out/filtered_m16_s1"],
+        ["out/big"],
+        ["out/again"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "folders, name",
+    [
+        (["out/control_s1", "out/control_s2"], "control"),
+        (["out/control-seed1337", "out/control-seed1338"], "control"),
+        (["out/control/1", "out/control/2"], "control"),
+        (["out/control/s1", "out/control/s2"], "control"),
+        (["s1/bias", "s2/bias"], "bias"),
+        (["out/gpt2"], "gpt2"),
+        (["out/_x/"], "x"),
+    ],
+)
+def test_names_of_groups(folders, name):
+    assert report.group_name(folders) == name
+
+
+def test_one_scored_run_alone(capsys, corpus):
+    found = result(capsys, make_baseline())
+    assert list(found["files"]) == ["loss.png", "values.png", "windows.txt", "report.png"]
+    for path in found["files"].values():
+        assert os.path.dirname(path) == "out/report"
+        if path.endswith(".png"):
+            image = matplotlib.image.imread(path)[..., :3]
+            assert image.shape[1] > 1000 and image.std() > 0.1
+    assert not [name for name in os.listdir("out/report") if name.endswith(".tmp")]
+    (row,) = found["rows"]
+    assert row["negative_windows"]["mean"] == 0.25
+    assert row["negative_draws"]["mean"] == pytest.approx((1 + 30 * 0.25) / 31)
+    assert (row["step_ms"]["mean"], row["validation_ms"]["mean"]) == (122, 20)  # the first line is left out
+    assert not any("Saved" in note for note in found["notes"])
+    report.main(["out/baseline"])
+    out = capsys.readouterr().out
+    assert "20.0 (+16%)" in out and "25.0%" in out and out.startswith("| run ")
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1 and set(lines[1]) == set("|- ")
+
+
+def test_the_windows_as_text(capsys, corpus):
+    found = result(capsys, make_baseline(), "--out=elsewhere")
+    with open(found["files"]["windows.txt"], encoding="utf-8") as file:
+        text = file.read()
+    highest, lowest = text.split("Lowest")
+    assert "+2.90e−05 nats in 4 visits, window 39, odd" in highest.split("\n\n")[1]
+    assert "−1.00e−05 nats in 4 visits, window 0, even\n    plain tex" in lowest
+    assert lowest.count("nats") == highest.count("nats") == 5
+    assert "$math$ \\↵" in text and "↵\n    \\ttab\\x00\\x07\\xff" in text  # each control character and byte escaped
+    assert "\\u4e2d é" in text  # no glyph for the one, one for the other
+    assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_values_come_from_the_first_run_that_has_them(capsys, corpus):
+    make_run("out/unfinished", [5, 4], scored=True, learning_rate=1.0)
+    make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
+    notes = result(capsys, "out/control", "out/unfinished", make_baseline())["notes"]
+    assert "Values in the figures: out/baseline." in notes
+
+
+def test_without_scores_there_are_no_value_figures(capsys):
+    make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
+    found = result(capsys, "out/control")
+    assert list(found["files"]) == ["loss.png"] and "no value figures" in found["notes"][-1]
+
+
+def test_without_the_corpus_there_is_no_text(capsys):
+    found = result(capsys, make_baseline())
+    assert list(found["files"]) == ["loss.png", "values.png", "report.png"]
+    assert "data/tiny: the corpus is not here" in found["notes"][-1]
+
+
+def test_another_corpus_in_its_place_is_refused(corpus):
+    corpus["fingerprint"] = "other"
+    with pytest.raises(UserError, match="data/tiny: not the corpus that out/baseline was trained on"):
+        report.main([make_baseline()])
+
+
+def test_values_without_a_spread_can_be_drawn(capsys, corpus):
+    make_run("out/flat", [5, 5], scored=True, max_iters=1)
+    make_log("out/flat", np.zeros((1, 4)), np.arange(4)[None])
+    assert len(result(capsys, "out/flat")["files"]) == 4
+
+
+def test_an_unfinished_run_is_marked(capsys):
+    make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
+    make_run("out/filtered", [5, 3.5, 3], **FILTERED)
+    with open("out/filtered/metrics.jsonl", "a") as file:
+        file.write('{"iter": 30, "test_l')  # being written as we read
+    report.main(["out/control", "out/filtered"])
+    out = capsys.readouterr().out
+    assert "3.0000 *" in out and "2.0000 *" not in out
+    assert "* out/filtered has not ended (20 of 40 iterations)" in out
+
+
+def test_a_filter_that_touches_little_is_pointed_at(capsys):
+    make_run("out/filtered", [5, 4, 3, 2.5, 2], **FILTERED, coverage=dict(COVERAGE, touchable=0.08))
+    assert "filter can touch only 8% of the draws" in "".join(result(capsys, "out/filtered")["notes"])
+
+
+def test_a_run_that_diverged(capsys):
+    make_run("out/control", [5, 4, float("nan"), float("nan"), float("nan")], **CONTROL)
+    make_run("out/filtered", [5, 4, 3, 2, 1], **FILTERED)
+    with pytest.raises(UserError, match="control: its test loss ends at nan; give a --target_loss"):
+        report.main(["out/control", "out/filtered"])
+    rows = rows_of(capsys, "out/control", "out/filtered", "--reference=out/filtered")
+    assert rows["control"]["final_loss"]["mean"] is None and rows["control"]["iterations"]["mean"] is None
+
+
+def test_different_corpora_are_refused():
+    make_run("out/a", [5, 4])
+    make_run("out/b", [5, 4], fingerprint="xyz", dataset="pile")
+    with pytest.raises(UserError, match=r"out/a \('tiny'\) and out/b \('pile'\) were trained on different corpora"):
+        report.main(["out/a", "out/b"])
+
+
+def test_what_is_no_run_is_refused():
+    os.makedirs("out/empty")
+    for folder in ("out/empty", "out/missing"):
+        with pytest.raises(UserError, match=f"{folder}/config.json: no such file.*train.py .*--out_dir={folder}"):
+            report.main([folder])
+    make_run("out/a", [5, 4])
+    os.remove("out/a/metrics.jsonl")
+    with pytest.raises(UserError, match="out/a/metrics.jsonl: no such file"):
+        report.main(["out/a"])
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        (
+            "metrics.jsonl",
+            '{"iter": 0, "test_loss": 5}\n{"iter": 1, "lo\n',
+            "metrics.jsonl, line 2: .*--init_from=resume",
+        ),
+        ("metrics.jsonl", '{"iter": 0, "test_loss": 5}\n[]\n', "metrics.jsonl, line 2: not what train.py writes"),
+        ("metrics.jsonl", '{"iter": 0, "test_loss": null}\n', "metrics.jsonl, line 1"),
+        ("metrics.jsonl", '{"iter": 0, "loss": 5, "step_ms": 1}\n', "1 training lines and no evaluation .*resume"),
+        ("metrics.jsonl", "", "0 training lines and no evaluation"),
+        ("config.json", "{", "out/a/config.json: not what train.py writes"),
+        ("config.json", '{"knobs": {}}', r"config.json: not what train.py writes \(KeyError"),
+    ],
+)
+def test_damaged_files_are_refused(name, text, message):
+    make_run("out/a", [5, 4])
+    with open(f"out/a/{name}", "w") as file:
+        file.write(text)
+    with pytest.raises(UserError, match=message):
+        report.main(["out/a"])
