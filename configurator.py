@@ -14,7 +14,10 @@ from dataclasses import fields
 
 
 class UserError(SystemExit):
-    """A mistake of the user's: uncaught, it ends the script with its message on stderr, status 1 and no traceback."""
+    """A mistake of the user's: uncaught, it ends the script with its message, one line on stderr, and status 1."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split("\n")))
 
 
 def configure(knobs_class, argv):
@@ -65,7 +68,7 @@ def _parse(key, kind, text):
 
 def _check(key, kind, value, where):
     """An int will do for a float; nothing else stands in for another type, and no float may be nan or infinite."""
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UserError(f"{where}: {key} = {value!r}: expected {kind.__name__}")

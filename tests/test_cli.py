@@ -92,11 +92,14 @@ def test_a_scored_run_leaves_what_the_design_promises(baseline):
     assert config["knobs"]["val_batch_size"] == 4 and config["versions"]["torch"] == torch.__version__
 
 
-def test_a_scored_run_trains_exactly_as_an_unscored_one(home, baseline):
-    call(train.main, f"{TINY} --out_dir=out/plain")
-    plain, scored = (torch.load(f"{run}/ckpt.pt", weights_only=True)["model"] for run in ("out/plain", baseline))
+def test_a_scored_run_trains_as_an_unscored_one(home):
+    """With SGD: AdamW would blow up the rounding of gradients that are zero, such as those of the keys' biases."""
+    flags = f"{TINY} --optimizer=sgd --weight_decay=0"
+    call(train.main, f"{flags} --out_dir=out/plain")
+    call(train.main, f"{flags} --out_dir=out/scored --score=True")
+    plain, scored = (torch.load(f"out/{run}/ckpt.pt", weights_only=True)["model"] for run in ("plain", "scored"))
     for key, value in plain.items():
-        torch.testing.assert_close(scored[key], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(scored[key], value, rtol=1e-4, atol=1e-7)
 
 
 def test_accumulation_gives_the_values_of_the_whole_batch(home, baseline):
@@ -109,21 +112,36 @@ def test_accumulation_gives_the_values_of_the_whole_batch(home, baseline):
     np.testing.assert_allclose(ours["value"], theirs["value"], rtol=2e-3, atol=1e-7)
 
 
-def test_control_filtered_and_random_arms(home, baseline, capsys):
-    arm = f"{TINY} --filter_from={baseline} --out_dir=out/{{arm}}"
+@pytest.fixture(scope="module")
+def with_negatives(baseline):
+    """The scored run with a quarter of its values made negative: so short a run has none of its own."""
+    folder = baseline + "_negative"
+    shutil.copytree(baseline, folder)
+    sample_id, value, visits = load_values(baseline)
+    np.savez(f"{folder}/values.npz", sample_id=sample_id, value=np.where(sample_id % 4 == 0, -1.0, 1.0), visits=visits)
+    return folder
+
+
+def test_control_filtered_and_random_arms(home, with_negatives, capsys):
+    sample_id, value, _ = load_values(with_negatives)
+    assert 0 < (value < 0).sum() < 32
+    arm = f"{TINY} --filter_from={with_negatives} --score=True"
     for flag in ("", "--filter_negative=True", "--drop_random=0.25"):
-        call(train.main, f"{arm} {flag} --score=True")
+        call(train.main, f"{arm} --out_dir=out/{{arm}} {flag}")
     printed = capsys.readouterr().out
-    assert "32 scored" in printed and "the filter can touch 100.0% of the draws" in printed
-    sample_id, value, _ = load_values(baseline)
+    assert f"32 scored, {(value < 0).sum()} negative" in printed and "touch 100.0% of the draws" in printed
     drawn = {name: set(read_log(f"out/{name}")["sample_id"].ravel()) for name in ("control", "filtered", "random")}
     assert drawn["control"] == set(sample_id)
-    assert drawn["filtered"] <= set(sample_id[value >= 0]) and drawn["random"] < drawn["control"]
-    call(train.main, f"{arm} --filter_negative=True --filter_pool=all --out_dir=out/all --score=True")
+    assert drawn["filtered"] == set(sample_id[value >= 0]) and drawn["random"] < drawn["control"]
+
+    capsys.readouterr()
+    call(train.main, f"{arm} --out_dir=out/all --filter_negative=True --filter_pool=all --max_iters=12")
+    assert "most draws are unscored windows" in capsys.readouterr().out
     seen = set(read_log("out/all")["sample_id"].ravel())
     assert not seen & set(sample_id[value < 0]) and seen - set(sample_id)
-    call(report.main, f"{baseline} out/control out/filtered --out=out/report")
-    assert any(name.endswith(".png") for name in os.listdir("out/report"))
+
+    call(report.main, f"{with_negatives} out/control out/filtered --out=out/report")
+    assert "report.png" in os.listdir("out/report")
 
 
 def test_the_adam_direction_and_dropout_and_bfloat16(home):
