@@ -1,0 +1,361 @@
+"""
+Text -> tokens: data/<name>/{train,val,test}.bin, where each document begins, and meta.json.
+
+    python prepare_owt.py                                                        # OpenWebText with GPT-2's BPE
+    python prepare_owt.py --source=<hub id> --domain_field=meta.pile_set_name    # another text data set of the hub
+    python prepare_owt.py --source='texts/*.parquet' --name=mine --text_field=text --domain_field=domain
+    python prepare_owt.py --source=python                                        # this Python's own library, as bytes
+
+The .bin files are nanoGPT's: uint16 token ids, an end-of-text token behind every document. <split>_docs.npy holds the
+first token of every document and its domain, an index into meta.json's domains. meta.json is written last: a folder
+without it is no corpus. Memory does not grow with the corpus.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from configurator import UserError, configure
+from files import atomic_write
+
+SPLITS = ("train", "val", "test")
+DOCUMENT = np.dtype([("start", "<i8"), ("domain", "<i4")])
+META = dict(name=str, tokenizer=str, vocab_size=int, eot_token=int, domains=list, splits=dict, fingerprint=str)
+
+
+@dataclass
+class Knobs:
+    source: str = "Skylion007/openwebtext"  # a hub id, 'python', or a file or glob of .parquet, .jsonl or .txt
+    split: str = "train"  # of the hub's data set
+    text_field: str = "text"
+    domain_field: str = ""  # where a document's domain stands; dots for nested fields, as in meta.pile_set_name
+    tokenizer: str = ""  # 'gpt2' or 'bytes'; the default is bytes for 'python', else gpt2
+    data_dir: str = "data"
+    name: str = ""  # of the folder in data_dir; the default comes from the source
+    val_fraction: float = 0.05  # of the documents; validation windows are drawn anew every step, so not too few
+    test_fraction: float = 0.05
+    seed: int = 0  # of the split
+    num_proc: int = max(1, (os.cpu_count() or 2) // 2)  # threads that encode, processes that read
+
+    def __post_init__(self):
+        if min(self.val_fraction, self.test_fraction) <= 0 or self.val_fraction + self.test_fraction >= 1:
+            found = f"--val_fraction={self.val_fraction} --test_fraction={self.test_fraction}"
+            raise UserError(f"{found}: both must be above 0 and leave something to train on")
+        if self.num_proc < 1 or self.seed < 0:
+            raise UserError(f"--num_proc={self.num_proc} --seed={self.seed}: expected at least 1 and 0")
+        self.tokenizer = self.tokenizer or ("bytes" if self.source == "python" else "gpt2")
+        if self.tokenizer not in ("gpt2", "bytes"):
+            raise UserError(f"--tokenizer={self.tokenizer}: expected gpt2 or bytes")
+        self.name = self.name or os.path.splitext(os.path.basename(self.source))[0]
+        if glob.has_magic(self.name):
+            raise UserError(f"--source={self.source}: give the corpus a name, --name=<folder in {self.data_dir}>")
+
+
+def get_tokenizer(name):
+    """'gpt2' or 'bytes', the 256 bytes and an end-of-text token, as a tiktoken.Encoding."""
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        special = {"<|endoftext|>": 256}
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        mend = "set TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer=bytes"
+        raise UserError(f"GPT-2's BPE files could not be fetched ({type(error).__name__}); {mend}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents: iterators over (text, domain)
+
+
+def python_documents():
+    """
+    The running Python's standard library without its tests: the sources, and pydoc's topics. The domain of a file is
+    its package, where that has at least 20 files, 'packages' for the smaller ones, and 'modules' for the files that
+    are in none.
+    """
+    root = sysconfig.get_path("stdlib")
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+        subfolders[:] = sorted(name for name in subfolders if name not in skipped and not name.startswith("config-"))
+        paths += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(names) if name.endswith(".py")]
+    package = {path: os.path.dirname(path).split(os.sep)[0] for path in paths}
+    count = {name: list(package.values()).count(name) for name in set(package.values())}
+    seen = {""}  # the library has empty files and a few twins
+    for path in paths:
+        with open(os.path.join(root, path), encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        if text not in seen:
+            seen.add(text)
+            large = count[package[path]] >= 20
+            yield text, (package[path] if large else "packages") if package[path] else "modules"
+    from pydoc_data.topics import topics
+
+    for topic in sorted(topics):
+        yield topics[topic], "topics"
+
+
+def dataset_documents(knobs):
+    """The documents of a hub id, a file or a glob, by the library `datasets`."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    paths = sorted(glob.glob(knobs.source, recursive=True))
+    extension = os.path.splitext(knobs.source)[1]
+    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}.get(extension)
+    if kind and not paths:
+        raise UserError(f"--source={knobs.source}: no such file")
+    if paths and not kind:
+        raise UserError(f"--source={knobs.source}: expected .parquet, .jsonl or .txt, found '{extension}'")
+    try:
+        if paths:
+            options = dict(sample_by="document") if kind == "text" else {}
+            data = datasets.load_dataset(kind, data_files=paths, split="train", **options)
+        else:
+            data = datasets.load_dataset(knobs.source, split=knobs.split, num_proc=knobs.num_proc)
+    except Exception as error:  # of many types: no network, no such data set, a damaged file
+        cause = error.__cause__ or error
+        what = f"{type(cause).__name__}: {cause}"
+        raise UserError(
+            f"--source={knobs.source}: could not be read as text by the library datasets ({what})"
+        ) from error
+
+    features = data.features
+    for flag, path in (("text_field", knobs.text_field), ("domain_field", knobs.domain_field)):
+        found = features
+        for part in path.split(".") if path else ():
+            if not isinstance(found, dict) or part not in found:
+                columns = ", ".join(found) if isinstance(found, dict) else "none"
+                raise UserError(f"--{flag}={path}: {knobs.source} has no such field; there are: {columns}")
+            found = found[part]
+        if flag == "text_field" and getattr(found, "dtype", "") not in ("string", "large_string"):
+            raise UserError(f"--text_field={path}: {knobs.source} has {found} there, not text")
+    columns = {path.split(".")[0] for path in (knobs.text_field, knobs.domain_field) if path}
+    for batch in data.select_columns(sorted(columns)).iter(batch_size=256):
+        for i in range(len(next(iter(batch.values())))):
+            text, domain = (_field(batch, i, path) for path in (knobs.text_field, knobs.domain_field))
+            yield text or "", "all" if domain is None else str(domain)
+
+
+def _field(batch, i, path):
+    if not path:
+        return None
+    first, *rest = path.split(".")
+    value = batch[first][i]
+    for part in rest:
+        value = value[part] if value is not None else None
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def encode(tokenizer, text):
+    """The tokens of one document and an end-of-text: a uint16 array. '<|endoftext|>' in the text is text."""
+    if tokenizer.name == "bytes":  # the same tokens as the Encoding's, without its search for merges
+        tokens = np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)
+    else:
+        tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+    return np.append(tokens, tokenizer.eot_token).astype("<u2")
+
+
+def batches_of(documents, characters=2**22, count=2**12):
+    """Lists of documents, each of about `characters` characters and at most `count` documents."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[0])
+        if size >= characters or len(batch) == count:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def write_corpus(documents, tokenizer, folder, knobs):
+    """Encode the documents into `folder` and return meta.json's part on them: domains, splits and fingerprint."""
+    domains, digests = {}, {split: hashlib.sha256() for split in SPLITS}
+    tokens, counts, by_domain = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), {}
+    edges = [1 - knobs.val_fraction - knobs.test_fraction, 1 - knobs.test_fraction]
+    rng = np.random.default_rng(knobs.seed)
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(knobs.num_proc))
+        bins = {split: stack.enter_context(atomic_write(f"{folder}/{split}.bin")) for split in SPLITS}
+        starts = {split: stack.enter_context(open(f"{folder}/{split}_docs.tmp", "w+b")) for split in SPLITS}
+        progress = stack.enter_context(tqdm(unit="B", unit_scale=True, desc="encoding", disable=None))
+        for batch in batches_of(documents):
+            encoded = pool.map(lambda document: encode(tokenizer, document[0]), batch)
+            sides = np.searchsorted(edges, rng.random(len(batch)), side="right")
+            for (text, domain), side, ids in zip(batch, sides, encoded, strict=True):
+                split = SPLITS[side]
+                index = domains.setdefault(domain, len(domains))
+                bins[split].write(ids.tobytes())
+                digests[split].update(ids.tobytes())
+                starts[split].write(np.array([(tokens[split], index)], dtype=DOCUMENT).tobytes())
+                tokens[split] += len(ids)
+                counts[split] += 1
+                by_domain[domain] = by_domain.get(domain, 0) + len(ids)
+                progress.update(len(text))
+        if not domains or not any(tokens[split] > counts[split] for split in SPLITS):
+            raise UserError(f"--source={knobs.source}: no text in it")
+        for split in SPLITS:
+            if not counts[split]:
+                flag = "val_fraction" if split == "train" else f"{split}_fraction"
+                total = sum(counts.values())
+                raise UserError(f"none of the {total} documents fell into {split}; change --{flag} or --seed")
+            save_documents(starts[split], counts[split], f"{folder}/{split}_docs.npy")
+            os.remove(starts[split].name)
+    for split in SPLITS:
+        print(f"{split}: {counts[split]:,} documents, {tokens[split]:,} tokens")
+    if len(domains) > 1:
+        total = sum(tokens.values())
+        print("tokens by domain: " + ", ".join(f"{name} {n / total:.1%}" for name, n in by_domain.items()))
+    splits = {
+        split: {"tokens": tokens[split], "documents": counts[split], "sha256": digests[split].hexdigest()}
+        for split in SPLITS
+    }
+    identity = json.dumps([tokenizer.name, splits], sort_keys=True)
+    return dict(domains=list(domains), splits=splits, fingerprint=hashlib.sha256(identity.encode()).hexdigest())
+
+
+def save_documents(records, n, path):
+    """The `n` raw DOCUMENT records of a file as a .npy, a piece at a time."""
+    records.seek(0)
+    with atomic_write(path) as file:
+        header = dict(descr=np.lib.format.dtype_to_descr(DOCUMENT), fortran_order=False, shape=(n,))
+        np.lib.format.write_array_header_1_0(file, header)
+        while piece := records.read(2**20):
+            file.write(piece)
+
+
+def main():
+    knobs = configure(Knobs, sys.argv[1:])
+    tokenizer = get_tokenizer(knobs.tokenizer)
+    documents = python_documents() if knobs.source == "python" else dataset_documents(knobs)
+    first = next(documents, None)  # so that a source that cannot be read fails before anything is written
+    if first is None:
+        raise UserError(f"--source={knobs.source}: no text in it")
+    folder = os.path.join(knobs.data_dir, knobs.name)
+    os.makedirs(folder, exist_ok=True)
+    meta_path = os.path.join(folder, "meta.json")
+    if os.path.exists(meta_path):
+        os.remove(meta_path)  # from here until it is written anew, this is no corpus
+    written = write_corpus(itertools.chain([first], documents), tokenizer, folder, knobs)
+    meta = dict(
+        name=knobs.name,
+        source=knobs.source,
+        tokenizer=knobs.tokenizer,
+        vocab_size=tokenizer.n_vocab,
+        eot_token=tokenizer.eot_token,
+        seed=knobs.seed,
+        val_fraction=knobs.val_fraction,
+        test_fraction=knobs.test_fraction,
+        **written,
+    )
+    with atomic_write(meta_path) as file:
+        file.write(json.dumps(meta, indent=1).encode())
+    print(
+        f"{folder}: ready for --dataset={knobs.name}"
+        + (f" --data_dir={knobs.data_dir}" if knobs.data_dir != "data" else "")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading, for train.py and report.py
+
+
+def load_meta(folder):
+    """meta.json of a corpus as a dict. Raises UserError where it is missing, damaged or of another kind."""
+    path = os.path.join(folder, "meta.json")
+    name = os.path.basename(folder)
+    if not os.path.isfile(path):
+        source = (
+            ""
+            if name == "openwebtext"
+            else " --source=python"
+            if name == "python"
+            else f" --name={name} --source=<...>"
+        )
+        raise UserError(
+            f"{path}: no such file, so there is no whole corpus; make it with python prepare_owt.py{source}"
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); prepare the corpus again") from error
+    for key, kind in META.items():
+        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+            found = repr(meta.get(key)) if isinstance(meta, dict) else repr(meta)
+            raise UserError(f"{path}: {key} = {found:.80}, expected {kind.__name__}; prepare the corpus again")
+    for split in SPLITS:
+        part = meta["splits"].get(split)
+        if not isinstance(part, dict) or not all(isinstance(part.get(key), int) for key in ("tokens", "documents")):
+            raise UserError(
+                f"{path}: splits.{split} = {part!r:.80}, expected its tokens and documents; prepare it again"
+            )
+    return meta
+
+
+def open_split(folder, split, meta):
+    """
+    The tokens of a split: a read-only uint16 memmap. Raises UserError where the file is missing or of another
+    length.
+    """
+    path = os.path.join(folder, f"{split}.bin")
+    _check_size(path, 2 * meta["splits"][split]["tokens"])
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def _check_size(path, expected):
+    found = os.path.getsize(path) if os.path.isfile(path) else None
+    if found != expected:
+        what = "missing" if found is None else f"truncated or of another corpus: {found:,} bytes"
+        raise UserError(f"{path}: {what}, meta.json says {expected:,}; prepare the corpus again with prepare_owt.py")
+
+
+def window_domains(folder, split, ids, block_size, meta):
+    """
+    The domain of each window, (k,) indices into meta['domains']: the one that most of the tokens i*T .. i*T + T - 1
+    of window i belong to, the first of them where there are several. Raises UserError where <split>_docs.npy does not
+    fit meta.json.
+    """
+    path = os.path.join(folder, f"{split}_docs.npy")
+    n = meta["splits"][split]["documents"]
+    try:
+        documents = np.load(path, mmap_mode="r", allow_pickle=False)
+        fits = documents.dtype == DOCUMENT and len(documents) == n
+    except (OSError, ValueError, EOFError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: missing, damaged or of another corpus; prepare the corpus again with prepare_owt.py")
+    first = np.searchsorted(documents["start"], ids * block_size, side="right") - 1
+    last = np.searchsorted(documents["start"], (ids + 1) * block_size, side="left") - 1
+    tokens = np.zeros((len(ids), len(meta["domains"])), dtype=np.int64)
+    for step in range(int((last - first).max(initial=0)) + 1):  # the documents of a window, one after the other
+        here = np.flatnonzero(first + step <= last)
+        document = first[here] + step
+        start = np.maximum(documents["start"][document], ids[here] * block_size)
+        following = documents["start"][np.minimum(document + 1, n - 1)]
+        end = np.where(
+            document + 1 < n, np.minimum(following, (ids[here] + 1) * block_size), (ids[here] + 1) * block_size
+        )
+        np.add.at(tokens, (here, documents["domain"][document]), end - start)
+    return tokens.argmax(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""From text to tokens: what goes in comes out, on one side only, whole or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare_owt
+from prepare_owt import DOCUMENT, SPLITS, encode, get_tokenizer, load_meta, open_split, window_domains
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHARED = os.path.join(ROOT, "..", "shared")
+TEXTS = [f"document {i}: " + "naïve “text” <|endoftext|> \t" * (i % 7) for i in range(200)]
+
+
+def prepare(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["prepare_owt.py", *arguments])
+    prepare_owt.main()
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    cache = os.path.join(SHARED, "tiktoken_cache")
+    if not os.path.isdir(cache):
+        pytest.skip("GPT-2's BPE files are not beside the repository (../shared/tiktoken_cache)")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cache)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    with open(tmp_path / "texts.jsonl", "w", encoding="utf-8") as file:
+        for i, text in enumerate(TEXTS):
+            file.write(json.dumps({"text": text, "n": i, "meta": {"set": {"name": f"set {i % 3}"}}}) + "\n")
+    return str(tmp_path / "texts.jsonl")
+
+
+def documents_of(folder):
+    """{text: (split, domain)} as the files say, by the start of every document."""
+    meta = load_meta(folder)
+    tokenizer = get_tokenizer(meta["tokenizer"])
+    found = {}
+    for split in SPLITS:
+        tokens = open_split(folder, split, meta)
+        records = np.load(f"{folder}/{split}_docs.npy", allow_pickle=False)
+        assert len(records) == meta["splits"][split]["documents"]
+        ends = [*records["start"][1:], len(tokens)]
+        for (start, domain), end in zip(records.tolist(), ends, strict=True):
+            assert tokens[end - 1] == meta["eot_token"] and meta["eot_token"] not in tokens[start : end - 1]
+            text = tokenizer.decode(tokens[start : end - 1].tolist())
+            assert text not in found
+            found[text] = split, meta["domains"][domain]
+    return found
+
+
+def test_every_document_comes_out_once_with_its_domain(jsonl, tmp_path, monkeypatch):
+    arguments = f"--source={jsonl} --tokenizer=bytes --domain_field=meta.set.name --data_dir={tmp_path}/a".split()
+    prepare(monkeypatch, *arguments, "--num_proc=1")
+    found = documents_of(f"{tmp_path}/a/texts")
+    assert {text: domain for text, (_, domain) in found.items()} == {t: f"set {i % 3}" for i, t in enumerate(TEXTS)}
+    sizes = {split: sum(side == split for side, _ in found.values()) for split in SPLITS}
+    assert 0 < sizes["val"] < 30 and 0 < sizes["test"] < 30 and sum(sizes.values()) == 200
+
+    prepare(monkeypatch, *arguments[:-1], f"--data_dir={tmp_path}/b", "--num_proc=3")
+    assert documents_of(f"{tmp_path}/b/texts") == found
+    assert load_meta(f"{tmp_path}/a/texts") == load_meta(f"{tmp_path}/b/texts")
+    prepare(monkeypatch, *arguments[:-1], f"--data_dir={tmp_path}/c", "--seed=1")
+    assert load_meta(f"{tmp_path}/c/texts")["fingerprint"] != load_meta(f"{tmp_path}/a/texts")["fingerprint"]
+
+
+def test_gpt2_tokens(jsonl, tmp_path, monkeypatch, gpt2):
+    prepare(monkeypatch, f"--source={jsonl}", f"--data_dir={tmp_path}", "--name=bpe")
+    found = documents_of(f"{tmp_path}/bpe")
+    assert set(found) == set(TEXTS) and {domain for _, domain in found.values()} == {"all"}
+    assert load_meta(f"{tmp_path}/bpe")["vocab_size"] == 50257
+
+
+def test_minipile_has_the_tokens_that_its_readme_says(tmp_path, monkeypatch, gpt2):
+    source = os.path.join(SHARED, "minipile", "minipile.parquet")
+    if not os.path.isfile(source):
+        pytest.skip("minipile is not beside the repository (../shared/minipile)")
+    prepare(monkeypatch, f"--source={source}", "--domain_field=domain", f"--data_dir={tmp_path}")
+    meta = load_meta(f"{tmp_path}/minipile")
+    assert len(meta["domains"]) == 9
+    assert sum(split["tokens"] for split in meta["splits"].values()) == 7_799_627 + 3_078
+
+
+def test_parquet_and_text_files_and_globs(tmp_path, monkeypatch):
+    import datasets
+
+    half = datasets.Dataset.from_dict({"body": TEXTS[:100]}), datasets.Dataset.from_dict({"body": TEXTS[100:]})
+    for i, part in enumerate(half):
+        part.to_parquet(f"{tmp_path}/part{i}.parquet")
+    flags = ["--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    prepare(monkeypatch, f"--source={tmp_path}/part*.parquet", "--text_field=body", "--name=parquet", *flags)
+    assert set(documents_of(f"{tmp_path}/parquet")) == set(TEXTS)
+    for i, text in enumerate(TEXTS[:30]):
+        (tmp_path / f"{i}.txt").write_text(text + "\n\nend", encoding="utf-8")
+    halves = ["--val_fraction=0.3", "--test_fraction=0.3"]
+    prepare(monkeypatch, f"--source={tmp_path}/*.txt", "--name=txt", *flags, *halves)
+    assert set(documents_of(f"{tmp_path}/txt")) == {text + "\n\nend" for text in TEXTS[:30]}
+
+
+def test_the_embedded_corpus(tmp_path, monkeypatch, capsys):
+    prepare(monkeypatch, "--source=python", f"--data_dir={tmp_path}")
+    meta = load_meta(f"{tmp_path}/python")
+    assert meta["tokenizer"] == "bytes" and meta["vocab_size"] == 257
+    assert {"modules", "topics", "encodings"} <= set(meta["domains"]) and len(meta["domains"]) < 20
+    assert meta["splits"]["train"]["tokens"] > 5e6 and "tokens by domain" in capsys.readouterr().out
+    found = documents_of(f"{tmp_path}/python")
+    with open(json.__file__, encoding="utf-8") as file:
+        assert file.read() in found
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_the_short_cut_for_bytes_gives_the_encoding_s_tokens(text):
+    tokenizer = get_tokenizer("bytes")
+    assert encode(tokenizer, text).tolist() == [*tokenizer.encode_ordinary(text), 256]
+    assert tokenizer.decode(encode(tokenizer, text)[:-1].tolist()) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20),
+    domains=st.lists(st.integers(0, 3), min_size=20, max_size=20),
+    T=st.integers(1, 25),
+)
+def test_a_window_has_the_domain_of_most_of_its_tokens(tmp_path_factory, lengths, domains, T):
+    folder = str(tmp_path_factory.mktemp("w"))
+    records = np.zeros(len(lengths), dtype=DOCUMENT)
+    records["start"], records["domain"] = np.cumsum([0, *lengths[:-1]]), domains[: len(lengths)]
+    np.save(f"{folder}/train_docs.npy", records)
+    meta = dict(domains=list("abcd"), splits=dict(train=dict(documents=len(lengths), tokens=sum(lengths))))
+    owner = np.repeat(records["domain"], lengths)
+    ids = np.arange((sum(lengths) - 1) // T)
+    expected = [np.bincount(owner[i * T : i * T + T], minlength=4).argmax() for i in ids]
+    assert window_domains(folder, "train", ids, T, meta).tolist() == expected
+    assert window_domains(folder, "train", ids[::-2], T, meta).tolist() == expected[::-2]
+
+
+def test_a_killed_preparation_leaves_no_corpus(jsonl, tmp_path, monkeypatch):
+    flags = [f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    prepare(monkeypatch, *flags)
+    fingerprint = load_meta(f"{tmp_path}/texts")["fingerprint"]
+    slow = (
+        "import prepare_owt, time; e = prepare_owt.encode; prepare_owt.encode = lambda *a: (time.sleep(0.05), e(*a))[1]"
+    )
+    command = [sys.executable, "-c", f"{slow}; prepare_owt.main()", *flags]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    while run.poll() is None and os.path.exists(f"{tmp_path}/texts/meta.json"):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    with pytest.raises(SystemExit, match="no whole corpus; make it with python prepare_owt.py"):
+        load_meta(f"{tmp_path}/texts")
+    prepare(monkeypatch, *flags)
+    assert load_meta(f"{tmp_path}/texts")["fingerprint"] == fingerprint
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--text_field=body"], "--text_field=body: .* no such field; there are: text, n, meta"),
+        (["--text_field=n"], "--text_field=n: .*not text"),
+        (["--domain_field=meta.name"], "--domain_field=meta.name: .*there are: set"),
+        (["--source=nothing/*.txt", "--name=x"], "nothing/.*: no such file"),
+        (["--source=nothing.jsonl"], "nothing.jsonl: no such file"),
+        (["--source=a/*.parquet"], "give the corpus a name, --name="),
+        (["--tokenizer=gpt3"], "--tokenizer=gpt3: expected gpt2 or bytes"),
+        (["--val_fraction=0.0"], "--val_fraction=0.0 .*above 0"),
+        (["--val_fraction=0.6", "--test_fraction=0.6"], "leave something to train on"),
+        (["--val_fraction=1e-9"], "fell into val; change --val_fraction"),
+        (["--num_proc=0"], "--num_proc=0"),
+        (["--sauce=x"], "did you mean 'source'"),
+    ],
+)
+def test_mistakes(jsonl, tmp_path, monkeypatch, flags, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        prepare(monkeypatch, f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}/data", *flags)
+    assert "\n" not in str(error.value) and not os.path.exists(f"{tmp_path}/data/texts/meta.json")
+
+
+def test_sources_without_text(tmp_path, monkeypatch):
+    flags = ["--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet")
+    (tmp_path / "notes.pdf").write_bytes(b"")
+    for name, message in (
+        ("empty.jsonl", "--source=.*empty.jsonl"),
+        ("blank.jsonl", "no text in it"),
+        ("broken.parquet", "could not be read"),
+        ("notes.pdf", "expected .parquet, .jsonl or .txt, found '.pdf'"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            prepare(monkeypatch, f"--source={tmp_path}/{name}", *flags)
+
+
+def test_readers_name_what_is_wrong(jsonl, tmp_path, monkeypatch):
+    prepare(monkeypatch, f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}")
+    folder = tmp_path / "texts"
+    meta = load_meta(str(folder))
+    (folder / "train.bin").write_bytes(b"\0" * 10)
+    with pytest.raises(SystemExit, match="train.bin: truncated or of another corpus: 10 bytes"):
+        open_split(str(folder), "train", meta)
+    (folder / "train_docs.npy").write_bytes(b"")
+    with pytest.raises(SystemExit, match="train_docs.npy: missing, damaged"):
+        window_domains(str(folder), "train", np.arange(3), 4, meta)
+    for text, message in (
+        ("{", "damaged"),
+        ("[]", "name = "),
+        (json.dumps(meta | {"vocab_size": "a"}), "vocab_size = 'a'"),
+    ):
+        (folder / "meta.json").write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            load_meta(str(folder))
