@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import sysconfig
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -81,30 +82,31 @@ def get_tokenizer(name):
 
 def python_documents():
     """
-    The running Python's standard library without its tests: the sources, and pydoc's topics. The domain of a file is
-    its package, where that has at least 20 files, 'packages' for the smaller ones, and 'modules' for the files that
-    are in none.
+    The running Python's standard library without its tests: the sources, and pydoc's topics, each text once. The domain
+    of a file is its package where that has at least 20 files, 'packages' for the smaller ones, and 'modules' for the
+    files that are in none.
     """
-    root = sysconfig.get_path("stdlib")
-    paths = []
-    for folder, subfolders, names in os.walk(root):
-        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
-        subfolders[:] = sorted(name for name in subfolders if name not in skipped and not name.startswith("config-"))
-        paths += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(names) if name.endswith(".py")]
-    package = {path: os.path.dirname(path).split(os.sep)[0] for path in paths}
-    count = {name: list(package.values()).count(name) for name in set(package.values())}
-    seen = {""}  # the library has empty files and a few twins
-    for path in paths:
-        with open(os.path.join(root, path), encoding="utf-8", errors="replace") as file:
-            text = file.read()
-        if text not in seen:
-            seen.add(text)
-            large = count[package[path]] >= 20
-            yield text, (package[path] if large else "packages") if package[path] else "modules"
     from pydoc_data.topics import topics
 
-    for topic in sorted(topics):
-        yield topics[topic], "topics"
+    root, skipped = sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - skipped - {"pydoc_data", "__pycache__"})
+        paths += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(names) if name.endswith(".py")]
+    package = {path: os.path.dirname(path).split(os.sep)[0] for path in paths}
+    files = Counter(package.values())
+
+    def sources():
+        for path in paths:
+            with open(os.path.join(root, path), encoding="utf-8", errors="replace") as file:
+                domain = package[path] if files[package[path]] >= 20 else "packages"
+                yield file.read(), domain if package[path] else "modules"
+
+    seen = {""}  # the library has empty files and a few twins
+    for text, domain in itertools.chain(sources(), ((topics[name], "topics") for name in sorted(topics))):
+        if text not in seen:
+            seen.add(text)
+            yield text, domain
 
 
 def dataset_documents(knobs):
