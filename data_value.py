@@ -279,24 +279,25 @@ def validation_gradient(model, x_val, y_val, micro_batch_size=None):
     """
     G, {parameter: gradient} of the mean loss of the windows x_val, y_val, (m, T), with the model in eval mode and
     `.grad` untouched, and that loss, a scalar tensor in nats. At most `micro_batch_size` windows are computed at a
-    time.
+    time. Of no windows at all, the gradient is zero.
     """
     params = [p for p in model.parameters() if p.requires_grad]
+    gradient, total = None, params[0].new_zeros(())
+    size = micro_batch_size or max(1, len(x_val))
     training = model.training
     model.eval()
-    gradient, total = None, 0.0
-    for x, y in zip(
-        x_val.split(micro_batch_size or len(x_val)), y_val.split(micro_batch_size or len(y_val)), strict=True
-    ):
-        _, loss = model(x, y)
-        loss = loss * (len(x) / len(x_val))
+    for i in range(0, len(x_val), size):
+        x, y = x_val[i : i + size], y_val[i : i + size]
+        loss = model(x, y)[1] * (len(x) / len(x_val))
         part = torch.autograd.grad(loss, params)
-        total = total + loss.detach()
+        total += loss.detach()
         if gradient is None:
             gradient = part
         else:
             torch._foreach_add_(gradient, part)
     model.train(training)
+    if gradient is None:  # a rank may have none of few windows
+        gradient = [torch.zeros_like(p) for p in params]
     return dict(zip(params, gradient, strict=True)), total
 
 

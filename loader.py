@@ -26,6 +26,14 @@ def mix(x):
     return x ^ (x >> np.uint64(31))
 
 
+def hash_of(*numbers):
+    """One uint64 out of several non-negative integers, as an int."""
+    h = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        h = mix(h + np.uint64(number))
+    return int(h[0])
+
+
 def permute(index, n, key):
     """
     A keyed bijection of 0 .. n-1: index, key (k,) uint64 -> (k,) uint64. A Feistel network permutes the next power of
@@ -50,8 +58,7 @@ def dropped(ids, seed, share):
     Which of the ids, (k,) int64, belong to the random `share` that this seed drops: (k,) bool, always the same
     ones.
     """
-    key = mix(mix([seed]) + np.uint64(DROP))
-    return mix(ids.astype(np.uint64) + key) < np.uint64(int(share * 2**64))
+    return mix(ids.astype(np.uint64) + np.uint64(hash_of(seed, DROP))) < np.uint64(int(share * 2**64))
 
 
 class WindowOrder:
@@ -63,7 +70,7 @@ class WindowOrder:
     def __init__(self, n_windows, seed, stream, ids=None, rejected=None, drop_random=0.0):
         self.n = n_windows if ids is None else len(ids)
         self.seed, self.ids, self.rejected, self.drop_random = seed, ids, rejected, drop_random
-        self.key = mix(mix([seed]) + np.uint64(stream))
+        self.key = np.uint64(hash_of(seed, stream))
 
     def at(self, position):
         """The ids at the positions (k,), those passed over included: (k,) int64."""
@@ -102,7 +109,7 @@ def get_batch(data, ids, block_size, vocab_size, device):
     that the model has no embedding for.
     """
     windows = data[ids[:, None] * block_size + np.arange(block_size + 1)]
-    if windows.max() >= vocab_size:
+    if windows.max(initial=0) >= vocab_size:
         found = f"token id {windows.max()} in window {ids[windows.max(1).argmax()]}"
         raise UserError(
             f"{data.filename}: {found}, but vocab_size = {vocab_size}; prepare the corpus again or raise --vocab_size"

@@ -6,6 +6,7 @@ Trains GPT-2 and, in the same backward pass, values every training sample (data_
     python train.py config/filtered.py                           # the control: the windows the baseline has valued
     python train.py config/filtered.py --filter_negative=True    # the treatment: those of them not below zero
     python train.py config/baseline.py --init_from=resume        # go on after an interruption, as if there was none
+    torchrun --standalone --nproc_per_node=8 train.py config/baseline.py --batch_size=2 --gradient_accumulation_steps=8
     python train.py --help                                       # the knobs
 
 A run's folder, out_dir, gets config.json, metrics.jsonl, ckpt.pt, dot_prod/ and, when the run has ended, values.npz.
@@ -23,7 +24,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from prepare_owt import load_meta, open_split
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import UserError, configure
@@ -37,8 +39,9 @@ from data_value import (
     write_values,
 )
 from files import atomic_write
-from loader import TEST, VAL, WindowOrder, count_windows, get_batch, training_order
+from loader import TEST, VAL, WindowOrder, count_windows, get_batch, hash_of, training_order
 from model import GPT, GPTConfig
+from prepare_owt import load_meta, open_split
 
 
 @dataclass
@@ -237,16 +240,28 @@ def describe(knobs, fingerprint, model, coverage):
     }
 
 
-def main():
-    knobs = configure(Knobs, sys.argv[1:])
-    device_type = knobs.device.split(":")[0]
-    if device_type == "cuda" and not torch.cuda.is_available():
+def start_processes(knobs):
+    """This process's rank and the number of processes, (0, 1) without torchrun; sets knobs.device to this one's GPU."""
+    on_gpu = knobs.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
         raise UserError(f"--device={knobs.device}: no GPU is available here; use --device=cpu")
-    resume = knobs.init_from == "resume"
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    if "RANK" not in os.environ:
+        return 0, 1
+    world, steps = int(os.environ["WORLD_SIZE"]), knobs.gradient_accumulation_steps
+    if steps % world:
+        below, above = steps // world * world, -(-steps // world) * world
+        nearest = f"{below} or {above}" if below else f"{above}"
+        mend = f"use {nearest}, and --batch_size to keep the product"
+        raise UserError(f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
+    if on_gpu:
+        knobs.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(knobs.device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    return dist.get_rank(), world
 
-    # the corpus and the orders in which its windows come
+
+def load_corpus(knobs):
+    """meta.json, the tokens and the number of windows of every split; raises UserError where a split has too few."""
     folder = os.path.join(knobs.data_dir, knobs.dataset)
     meta = load_meta(folder)
     data = {split: open_split(folder, split, meta) for split in ("train", "val", "test")}
@@ -257,117 +272,138 @@ def main():
             flag = "val_batch_size" if split == "val" else "block_size"
             found = f"{len(data[split])} tokens make {n} windows of {knobs.block_size}, and {needed[split]} are needed"
             raise UserError(f"{folder}/{split}.bin: {found}; lower --{flag} or prepare a larger corpus")
-    scored = load_filter(knobs, meta["fingerprint"])
-    order, coverage = training_order(
-        n_windows["train"], knobs.seed, knobs.filter_negative, knobs.filter_pool, knobs.drop_random, scored
-    )
-    val_order = WindowOrder(n_windows["val"], knobs.seed, VAL)
-    # the same for all seeds, so that runs can be compared
-    test_ids, _ = WindowOrder(n_windows["test"], 0, TEST).take(
-        0, min(n_windows["test"], knobs.eval_iters * knobs.batch_size)
-    )
+    return meta, data, n_windows
 
-    # the run's folder, the model and the optimiser
+
+def open_checkpoint(knobs, ckpt_path, fingerprint):
+    """The checkpoint that the run starts from, or None; raises UserError where it is not one of this very run's."""
+    if knobs.init_from != "resume":
+        return load_checkpoint(knobs.init_from, knobs.device) if knobs.init_from.endswith(".pt") else None
+    checkpoint = load_checkpoint(ckpt_path, knobs.device)
+    if checkpoint.get("fingerprint") != fingerprint:
+        mend = "choose another --out_dir or --dataset"
+        raise UserError(f"{ckpt_path}: trained on another corpus than --dataset={knobs.dataset}; {mend}")
+    then, now = checkpoint["knobs"], asdict(knobs)
+    for key in now:
+        if key not in FREE_KNOBS and then.get(key) != now[key]:
+            mend = f"resume with --{key}={then.get(key)}"
+            raise UserError(f"{ckpt_path}: its run has {key} = {then.get(key)}, not {now[key]}; {mend}")
+    return checkpoint
+
+
+def main():
+    knobs = configure(Knobs, sys.argv[1:])
+    rank, world = start_processes(knobs)
+    device_type = knobs.device.split(":")[0]
+    resume = knobs.init_from == "resume"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+    # the corpus and the orders in which its windows come
+    meta, data, n_windows = load_corpus(knobs)
+    scored = load_filter(knobs, meta["fingerprint"])
+    filter_knobs = knobs.filter_negative, knobs.filter_pool, knobs.drop_random
+    order, coverage = training_order(n_windows["train"], knobs.seed, *filter_knobs, scored)
+    val_order = WindowOrder(n_windows["val"], knobs.seed, VAL)
+    n_test = min(n_windows["test"], knobs.eval_iters * knobs.batch_size)
+    n_test -= n_test % min(n_test, knobs.batch_size)  # full batches: torch.compile makes a graph for every shape
+    test_ids, _ = WindowOrder(n_windows["test"], 0, TEST).take(0, n_test)  # the same for all seeds
+
+    # the model and the optimiser
     ckpt_path = os.path.join(knobs.out_dir, "ckpt.pt")
     metrics_path = os.path.join(knobs.out_dir, "metrics.jsonl")
     if not resume and (os.path.exists(ckpt_path) or os.path.exists(metrics_path)):
-        raise UserError(
-            f"{knobs.out_dir}: holds a run already; go on with --init_from=resume or choose another --out_dir"
-        )
-    from_file = resume or knobs.init_from.endswith(".pt")
-    checkpoint = load_checkpoint(ckpt_path if resume else knobs.init_from, knobs.device) if from_file else None
-    if resume:
-        if checkpoint.get("fingerprint") != meta["fingerprint"]:
-            raise UserError(
-                f"{ckpt_path}: trained on another corpus than {folder}; choose another --out_dir or --dataset"
-            )
-        for key, value in asdict(knobs).items():
-            if key not in FREE_KNOBS and checkpoint["knobs"].get(key) != value:
-                was = checkpoint["knobs"].get(key)
-                raise UserError(f"{ckpt_path}: its run has {key} = {was}, not {value}; resume with --{key}={was}")
+        mend = "go on with --init_from=resume or choose another --out_dir"
+        raise UserError(f"{knobs.out_dir}: holds a run already; {mend}")
+    checkpoint = open_checkpoint(knobs, ckpt_path, meta["fingerprint"])
     torch.manual_seed(knobs.seed)
     model = make_model(knobs, meta["vocab_size"], checkpoint).to(knobs.device)
     betas = (knobs.beta1, knobs.beta2)
     optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas, device_type)
-    buffers = attach_directions(model) if knobs.score else None
     params = list(model.parameters())
     iter_num, position = 0, 0
     negative = []  # the share of dot products below zero, for each iteration since the last printed line
     if resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         iter_num, position = checkpoint["iter_num"], checkpoint["position"]
-        knobs.init_from = checkpoint["knobs"]["init_from"]  # what config.json shall go on saying
         negative = list(torch.tensor(checkpoint["negative"], device=knobs.device))
-        torch.set_rng_state(checkpoint["rng"].cpu())
-        if device_type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
-        # what the interrupted run wrote after this checkpoint is about to happen again
+        knobs.init_from = checkpoint["knobs"]["init_from"]  # what config.json shall go on saying
+    if world > 1:
+        dist.barrier()  # all have seen the folder as it was
+    if resume and rank == 0:  # what the interrupted run did after this checkpoint is about to happen again
         os.truncate(metrics_path, checkpoint["metrics_bytes"])
         for n, path in log_files(knobs.out_dir).items():
             if n > iter_num:
                 os.remove(path)
     del checkpoint
-    net = torch.compile(model, fullgraph=True, dynamic=False) if knobs.compile else model
+    buffers = attach_directions(model) if knobs.score else None
+    compiled = torch.compile(model, fullgraph=True, dynamic=False) if knobs.compile else model
+    net = compiled  # what trains; validation and evaluation need no averaging of gradients
+    if world > 1:  # the buffers are the directions, which every rank computes
+        net = DistributedDataParallel(compiled, forward_sync_buffers=False)
     autocast = torch.autocast(device_type, torch.bfloat16) if knobs.dtype == "bfloat16" else nullcontext()
 
-    os.makedirs(knobs.out_dir, exist_ok=True)
-    description = describe(knobs, meta["fingerprint"], model, coverage)
-    with atomic_write(os.path.join(knobs.out_dir, "config.json")) as file:
-        file.write(json.dumps(description, indent=1).encode())
-    metrics_file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
-    if knobs.wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb_log=True: pip install wandb") from None
-        wandb.init(project=knobs.wandb_project, name=knobs.wandb_run_name, config=asdict(knobs))
-
+    # the run's folder
     B = knobs.batch_size * knobs.gradient_accumulation_steps  # windows in an iteration
-    print(f"{description['parameters']:,} parameters on {knobs.device}, {knobs.dtype}; {description['hardware']}")
-    print(f"{B * knobs.block_size:,} tokens an iteration; windows of {knobs.block_size} tokens: {n_windows}")
-    if coverage:
-        print(f"values of {knobs.filter_from}, pool '{knobs.filter_pool}':")
-        print(
-            "  {corpus:,} windows in the corpus, {scored:,} scored, {negative:,} negative".format(**coverage), end=", "
-        )
-        print("{eligible:,} eligible; the filter can touch {touchable:.1%} of the draws".format(**coverage))
-        if coverage["touchable"] < 0.5:
-            print("  most draws are unscored windows that no filter can reject: expect little of it")
+    micro_steps = knobs.gradient_accumulation_steps // world  # of this rank
+    if rank == 0:
+        os.makedirs(knobs.out_dir, exist_ok=True)
+        description = describe(knobs, meta["fingerprint"], model, coverage)
+        with atomic_write(os.path.join(knobs.out_dir, "config.json")) as file:
+            file.write(json.dumps(description, indent=1).encode())
+        metrics_file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
+        if knobs.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb_log=True: pip install wandb") from None
+            wandb.init(project=knobs.wandb_project, name=knobs.wandb_run_name, config=asdict(knobs))
+        print(f"{description['parameters']:,} parameters on {world} x {knobs.device}, {knobs.dtype}")
+        print(f"{B * knobs.block_size:,} tokens an iteration; windows of {knobs.block_size} tokens: {n_windows}")
+        print_coverage(coverage, knobs)
 
     def batch(split, ids):
         return get_batch(data[split], ids, knobs.block_size, model.config.vocab_size, knobs.device)
 
+    def total(tensor):
+        """The sum over the ranks, in place."""
+        if world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     @torch.no_grad()
     def evaluate(split, ids):
-        """Mean loss in nats of the windows `ids`, in eval mode."""
+        """Mean loss in nats of the windows `ids`, in eval mode; the ranks take turns at the batches."""
         model.eval()
-        total = 0.0
-        for start in range(0, len(ids), knobs.batch_size):
+        loss = torch.zeros((), device=knobs.device)
+        for start in range(rank * knobs.batch_size, len(ids), world * knobs.batch_size):
             chunk = ids[start : start + knobs.batch_size]
             with autocast:
-                total += net(*batch(split, chunk))[1].item() * len(chunk)
+                loss += compiled(*batch(split, chunk))[1] * (len(chunk) / len(ids))
         model.train()
-        return total / len(ids)
+        return total(loss).item()
 
     def record(metrics, line):
-        metrics_file.write(json.dumps(metrics) + "\n")
-        metrics_file.flush()
-        tqdm.write(line)
-        if knobs.wandb_log:
-            wandb.log(metrics)
+        if rank == 0:
+            metrics_file.write(json.dumps(metrics) + "\n")
+            metrics_file.flush()
+            tqdm.write(line)
+            if knobs.wandb_log:
+                wandb.log(metrics)
 
-    # training
-    model.train()
-    entries = []  # the dot products since the last checkpoint, left on the device
-    tokens_per_iter, clock, timed = B * knobs.block_size, time.perf_counter(), 0
-    progress = tqdm(total=knobs.max_iters, initial=iter_num, unit="it", disable=None)
-    while True:
-        last = iter_num == knobs.max_iters
-        paused = time.perf_counter()
-        if last or iter_num % knobs.checkpoint_interval == 0:
-            if entries:
-                write_log(knobs.out_dir, iter_num, entries)
-                entries.clear()
+    def save():
+        """A file of dot products, then the checkpoint, so that the log is never behind it."""
+        if entries:
+            dots = torch.stack([entry["dot_product"] for entry in entries])  # (k, B / world)
+            parts = [torch.empty_like(dots) for _ in range(world)] if rank == 0 else None
+            if world > 1:
+                dist.gather(dots, parts)
+            if rank == 0:
+                dots = torch.cat(parts, dim=1) if world > 1 else dots
+                logged = [entry | {"dot_product": row} for entry, row in zip(entries, dots, strict=True)]
+                write_log(knobs.out_dir, iter_num, logged)
+            entries.clear()
+        if rank == 0:
             os.fsync(metrics_file.fileno())
             state = {
                 "model": model.state_dict(),
@@ -375,15 +411,24 @@ def main():
                 "model_args": asdict(model.config),
                 "iter_num": iter_num,
                 "position": position,
+                "negative": [share.item() for share in negative],
                 "knobs": asdict(knobs),
                 "fingerprint": meta["fingerprint"],
                 "metrics_bytes": os.path.getsize(metrics_path),
-                "negative": [share.item() for share in negative],
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if device_type == "cuda" else None,
             }
             with atomic_write(ckpt_path) as file:
                 torch.save(state, file)
+
+    # training
+    model.train()
+    entries = []  # the dot products since the last checkpoint, left on the device
+    clock, timed = time.perf_counter(), 0
+    progress = tqdm(total=knobs.max_iters, initial=iter_num, unit="it", disable=None if rank == 0 else True)
+    while True:
+        last = iter_num == knobs.max_iters
+        paused = time.perf_counter()
+        if last or iter_num % knobs.checkpoint_interval == 0:
+            save()
         if last or iter_num % knobs.eval_interval == 0:
             test_loss = evaluate("test", test_ids)
             record({"iter": iter_num, "test_loss": test_loss}, f"iter {iter_num}: test loss {test_loss:.4f}")
@@ -400,24 +445,31 @@ def main():
         if knobs.score:
             val_start = synchronized_time(device_type) if report else 0.0
             val_ids, _ = val_order.take(iter_num * knobs.val_batch_size, knobs.val_batch_size)
+            mine = np.array_split(val_ids, world)[rank]
             with autocast:
-                gradient, val_loss = validation_gradient(net, *batch("val", val_ids), knobs.batch_size)
+                gradient, val_loss = validation_gradient(compiled, *batch("val", mine), knobs.batch_size)
+            if world > 1:
+                average_over_ranks(gradient, val_loss, len(mine) / len(val_ids))
             val_ms = (synchronized_time(device_type) - val_start) * 1000 if report else 0.0
             set_direction(buffers, gradient, optimizer if knobs.value_direction == "adam" else None)
             before = [p.detach().clone() for p in params] if report else None
 
-        # forward, backward; alpha's gradient is the dot products
+        # forward and backward; the gradient of alpha is the dot products
         ids, position = order.take(position, B)
         mean_loss, dots = 0.0, []
-        for micro_ids in ids.reshape(knobs.gradient_accumulation_steps, knobs.batch_size):
+        for step in range(rank * micro_steps, (rank + 1) * micro_steps):
+            x, y = batch("train", ids[step * knobs.batch_size : (step + 1) * knobs.batch_size])
             alpha = torch.zeros(knobs.batch_size, device=knobs.device, requires_grad=True) if knobs.score else None
+            if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
+                torch.manual_seed(hash_of(knobs.seed, iter_num, step))
+            if world > 1:
+                net.require_backward_grad_sync = step == (rank + 1) * micro_steps - 1
             with autocast:
-                _, loss = net(*batch("train", micro_ids), alpha)
-                loss = loss / knobs.gradient_accumulation_steps
+                loss = net(x, y, alpha)[1] / micro_steps
             loss.backward()
             mean_loss = mean_loss + loss.detach()
             if knobs.score:
-                dots.append(alpha.grad * B)
+                dots.append(alpha.grad * (knobs.batch_size * micro_steps))
 
         # the step
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
@@ -433,34 +485,52 @@ def main():
         timed += 1
 
         if report:
-            metrics = {"iter": iter_num, "loss": mean_loss.item(), "lr": lr, "grad_norm": norm.item()}
+            metrics = {"iter": iter_num, "loss": total(mean_loss).item() / world, "lr": lr, "grad_norm": norm.item()}
             metrics["step_ms"] = (time.perf_counter() - clock) * 1000 / timed
-            metrics["tokens_per_s"] = tokens_per_iter / metrics["step_ms"] * 1000
-            line = "iter {iter}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms".format(**metrics)
+            metrics["tokens_per_s"] = B * knobs.block_size / metrics["step_ms"] * 1000
+            line = "iter {iter}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms"
             if knobs.score:
                 change = [p.detach() - b for p, b in zip(params, before, strict=True)]
-                metrics["negative"] = torch.stack(negative).mean().item()
+                metrics["negative"] = total(torch.stack(negative).mean()).item() / world
                 metrics["predicted"] = -sum((gradient[p] * d).sum() for p, d in zip(params, change, strict=True)).item()
                 metrics["realised"] = val_loss.item() - evaluate("val", val_ids)
-                metrics["value_sum"] = (lr * clip / B * dots.sum()).item()
+                metrics["value_sum"] = total(lr * clip / B * dots.sum()).item()
                 metrics["val_ms"] = val_ms
-                line += (
-                    " ({val_ms:.0f} validation), {negative:.1%} negative, validation loss to fall by {predicted:.2e}"
-                )
-                line = (line + ", fell by {realised:.2e}, values sum to {value_sum:.2e}").format(**metrics)
+                line += " ({val_ms:.0f} validation), {negative:.1%} negative; validation loss: predicted drop "
+                line += "{predicted:.2e}, realised {realised:.2e}, sum of values {value_sum:.2e}"
                 negative.clear()
                 del before, change
-            record(metrics, line)
+            record(metrics, line.format(**metrics))
             clock, timed = time.perf_counter(), 0
         iter_num += 1
         progress.update()
 
     progress.close()
-    if knobs.score:
+    if knobs.score and rank == 0:
         write_values(knobs.out_dir)
         sample_id, value, visits = load_values(knobs.out_dir)
         share = f"{(value < 0).mean():.1%} of them negative"
         print(f"{knobs.out_dir}/values.npz: {len(sample_id):,} windows valued in {visits.sum():,} visits, {share}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def average_over_ranks(gradient, loss, share):
+    """Turn each rank's validation gradient and loss, of its `share` of the windows, into those of all, in place."""
+    flat = torch.cat([g.flatten() for g in gradient.values()] + [loss[None]]).mul_(share)
+    dist.all_reduce(flat)
+    parts = flat.split([g.numel() for g in gradient.values()] + [1])
+    for g, part in zip([*gradient.values(), loss], parts, strict=True):
+        g.copy_(part.view_as(g))
+
+
+def print_coverage(coverage, knobs):
+    if coverage:
+        counts = "{corpus:,} windows in the corpus, {scored:,} scored, {negative:,} negative, {eligible:,} eligible"
+        print(f"values of {knobs.filter_from}, pool '{knobs.filter_pool}': {counts.format(**coverage)};")
+        print(f"the filter can touch {coverage['touchable']:.1%} of the draws")
+        if coverage["touchable"] < 0.5:
+            print("most draws are unscored windows that no filter can reject: expect little of it")
 
 
 def synchronized_time(device_type):

@@ -19,7 +19,7 @@ bias = False
 batch_size = 32
 gradient_accumulation_steps = 1
 block_size = 128
-max_iters = 400
+max_iters = 320
 
 learning_rate = 2e-3
 min_lr = 2e-4
