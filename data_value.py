@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from configurator import UserError
 from files import atomic_write
+from kernels import add_samples_triton
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers. Each is its torch.nn namesake until alpha, (B,), is given. X is the input (B, T, in), dY the gradient of
@@ -75,6 +76,9 @@ class _Linear(torch.autograd.Function):
         return dx, dw, db, dot, None, None
 
 
+use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the kernel correct and faster
+
+
 @torch.library.custom_op("data_value::linear_grad", mutates_args=())
 def linear_grad(x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -101,6 +105,8 @@ def add_samples(dw, x, dy, direction, running):
     costs two more passes over memory; blocks of rows that stay in cache cost more in small matrix products than they
     save.)
     """
+    if use_triton and dw.dtype == torch.float32:
+        return add_samples_triton(dw, x, dy, direction), running
     x, dy = x.to(dw.dtype), dy.to(dw.dtype)
     after = [running]
     for i in range(len(x)):
@@ -198,7 +204,8 @@ class _LossHead(torch.autograd.Function):
         return dx, dw, None, dot if ctx.scored else None, None
 
 
-SLICE = 2**23  # logits that may exist at a time, or 256 tokens' where that is more
+# logits that may exist at a time, or 256 tokens' where that is more: a slice reads and writes all of dW
+SLICE = {"cpu": 2**23, "cuda": 2**28}
 
 
 @torch.library.custom_op("data_value::head_loss", mutates_args=())
@@ -215,8 +222,9 @@ def head_loss(
     full = torch.promote_types(x.dtype, torch.float32)
     loss, running = torch.zeros((), dtype=full, device=x.device), torch.zeros((), dtype=full, device=x.device)
     dx, dw, dots = _head_gradients(x, weight, backward)
-    samples = min(B, max(1, SLICE // (T * V)))  # in a slice; where that is one, perhaps not the whole of it
-    length = min(T, max(256, SLICE // V))
+    limit = SLICE.get(x.device.type, 2**28)
+    samples = min(B, max(1, limit // (T * V)))  # in a slice; where that is one, perhaps not the whole of it
+    length = min(T, max(256, limit // V))
     for i in range(0, B, samples):
         for t in range(0, T, length):
             part = slice(i, i + samples), slice(t, t + length)

@@ -28,6 +28,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import data_value
+import kernels
 from configurator import UserError, configure
 from data_value import (
     attach_directions,
@@ -362,14 +364,22 @@ def main():
         print(f"{B * knobs.block_size:,} tokens an iteration; windows of {knobs.block_size} tokens: {n_windows}")
         print_coverage(coverage, knobs)
 
-    def batch(split, ids):
-        return get_batch(data[split], ids, knobs.block_size, model.config.vocab_size, knobs.device)
-
     def total(tensor):
         """The sum over the ranks, in place."""
         if world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    if knobs.score:
+        linears = [layer.weight for layer in model.modules() if type(layer) is data_value.Linear]
+        shapes = [(knobs.batch_size, knobs.block_size, *weight.shape[::-1]) for weight in linears]
+        faster, reason = kernels.choose(knobs.device, shapes, getattr(torch, knobs.dtype), data_value.add_samples)
+        data_value.use_triton = total(torch.tensor(float(faster), device=knobs.device)).item() == world
+        if rank == 0:
+            print(reason)
+
+    def batch(split, ids):
+        return get_batch(data[split], ids, knobs.block_size, model.config.vocab_size, knobs.device)
 
     @torch.no_grad()
     def evaluate(split, ids):
