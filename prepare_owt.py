@@ -15,6 +15,7 @@ import glob
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import sys
 import sysconfig
@@ -319,7 +320,10 @@ def open_split(folder, split, meta):
     """
     path = os.path.join(folder, f"{split}.bin")
     _check_size(path, 2 * meta["splits"][split]["tokens"])
-    return np.memmap(path, dtype="<u2", mode="r")
+    data = np.memmap(path, dtype="<u2", mode="r")
+    if hasattr(mmap, "MADV_RANDOM"):  # a window here, a window there: reading ahead would read megabytes for each
+        data.base.madvise(mmap.MADV_RANDOM)
+    return data
 
 
 def _check_size(path, expected):

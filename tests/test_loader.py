@@ -1,5 +1,6 @@
 """The order of the windows: every eligible one once an epoch, wherever one starts, whatever is rejected."""
 
+import time
 import tracemalloc
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader import TEST, TRAIN, VAL, WindowOrder, count_windows, get_batch, permute, training_order
+from prepare_owt import open_split
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,3 +124,31 @@ def test_a_batch_is_its_windows(tmp_path):
         assert y[row].tolist() == tokens[i * 10 + 1 : i * 10 + 11].tolist()
     with pytest.raises(SystemExit, match=r"x.bin: token id \d+ in window 9, but vocab_size = 2"):
         get_batch(data, np.array([9]), 10, 2, "cpu")
+
+
+def test_a_billion_windows_on_a_sparse_file(tmp_path):
+    """Start-up and batches neither read nor map out the corpus; -s prints what they cost (never asserted)."""
+    n, T, B = 10**9, 128, 32
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.truncate(2 * (n * T + 1))
+    sample_id = np.arange(0, n, 1000)
+    value = np.random.default_rng(0).normal(size=len(sample_id)) + 1
+    tracemalloc.start()
+    started = time.perf_counter()
+    data = open_split(str(tmp_path), "train", dict(splits=dict(train=dict(tokens=n * T + 1))))
+    orders = {
+        pool: training_order(count_windows(data, T), 0, True, pool, 0.0, (sample_id, value))[0]
+        for pool in ("scored", "all")
+    }
+    started = time.perf_counter() - started
+    assert tracemalloc.get_traced_memory()[1] < 30 * len(sample_id)  # bytes
+    tracemalloc.stop()
+    for pool, order in orders.items():
+        position, times = 0, []
+        for _ in range(50):
+            start = time.perf_counter()
+            ids, position = order.take(position, B)
+            x, _ = get_batch(data, ids, T, 257, "cpu")
+            times.append(time.perf_counter() - start)
+        assert x.shape == (B, T) and not np.isin(ids, sample_id[value < 0]).any()
+        print(f"\n{pool}: start-up {started:.2f} s, a batch of {B} x {T} {1000 * np.median(times):.2f} ms", end="")
