@@ -1,0 +1,273 @@
+"""
+What scoring costs: a scored step beside a plain one, stock PyTorch's and one backward pass per sample.
+
+    python bench.py                                                          # the demo's shape
+    python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=16 --json
+    python bench.py --n_layer=12 --n_head=12 --n_embd=768 --block_size=256 --batch_size=8 --vocab_size=50304 --rounds=5
+
+A step is forward, backward and AdamW, without clipping. (a) stock: the same model of torch.nn modules, all logits at
+once; (b) plain: model.py without alpha; (c) val: the validation gradient alone; (d) scored: (c), the direction, and a
+step with alpha; (e) brute: (c) and a backward pass for each sample. The arms take turns within a round, the first of
+a round moves on by one, and every ratio is of two times of the same round: medians and quartiles over the rounds.
+overhead = (scored - val) / plain - 1 is what scoring costs beyond the validation windows; total = scored / plain - 1.
+
+Peak memory is that of two forward and backward passes without the optimiser, each arm in a process of its own, above
+the resident size after import: weights, activations, gradients and the direction.
+"""
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import data_value
+import kernels
+from configurator import UserError, configure
+from data_value import attach_directions, set_direction, validation_gradient
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Knobs:
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    block_size: int = 128  # T
+    batch_size: int = 32  # B, in one micro-batch
+    val_batch_size: int = 4  # m
+    vocab_size: int = 257
+    bias: bool = True
+    dtype: str = "float32"  # or 'bfloat16', by autocast
+    compile: bool = False
+    device: str = "cpu"
+    value_direction: str = "adam"  # or 'sgd'
+    rounds: int = 15
+    peak_tflops: float = 0.0  # of the GPU in dtype, for MFU; 0: that is not printed
+    json: bool = False  # an object instead of the table
+    memory_of: str = ""  # used by the bench itself: measure the peak of this arm and stop
+
+    def __post_init__(self):
+        for key, allowed in dict(dtype=("float32", "bfloat16"), value_direction=("sgd", "adam")).items():
+            if getattr(self, key) not in allowed:
+                raise UserError(f"--{key}={getattr(self, key)}: expected {' or '.join(allowed)}")
+        for key, value in asdict(self).items():
+            if type(value) is int and value < 1:
+                raise UserError(f"--{key}={value}: must be positive")
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device={self.device}: no GPU is available here; use --device=cpu")
+
+
+class StockGPT(GPT):
+    """The same GPT of torch.nn's modules and cross-entropy on all logits: what nanoGPT computes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        stock = {data_value.Linear: nn.Linear, data_value.LossHead: nn.Linear}
+        stock |= {data_value.LayerNorm: nn.LayerNorm, data_value.Embedding: nn.Embedding}
+        for module in self.modules():
+            if type(module) in stock:
+                module.__class__ = stock[type(module)]  # the parameters stay, the forward is torch.nn's
+
+    def forward(self, idx, targets):
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(idx.size(1), device=idx.device))
+        for block in self.transformer.h:
+            x = x + self.attention(block.attn, block.ln_1(x))
+            x = x + block.mlp.c_proj(block.mlp.gelu(block.mlp.c_fc(block.ln_2(x))))
+        logits = self.lm_head(self.transformer.ln_f(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def attention(self, attn, x):
+        B, T, C = x.size()
+        q, k, v = (part.view(B, T, attn.n_head, -1).transpose(1, 2) for part in attn.c_attn(x).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attn.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
+class Bench:
+    """A model of the knobs' shape with its data, and the arms as functions of no arguments."""
+
+    def __init__(self, knobs, stock):
+        torch.manual_seed(0)
+        shape = {
+            key: getattr(knobs, key) for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
+        }
+        self.model = (StockGPT if stock else GPT)(GPTConfig(**shape)).to(knobs.device)
+        self.net = torch.compile(self.model, fullgraph=True, dynamic=False) if knobs.compile else self.model
+        self.optimizer = self.model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), knobs.device.split(":")[0])
+        windows = torch.randint(knobs.vocab_size, (knobs.batch_size + knobs.val_batch_size, knobs.block_size + 1))
+        x, y = windows[:, :-1].to(knobs.device), windows[:, 1:].to(knobs.device)
+        B = knobs.batch_size
+        self.x, self.y, self.x_val, self.y_val = x[:B], y[:B], x[B:], y[B:]
+        bfloat16 = knobs.dtype == "bfloat16"
+        self.autocast = torch.autocast(knobs.device.split(":")[0], torch.bfloat16) if bfloat16 else nullcontext()
+        self.adam = self.optimizer if knobs.value_direction == "adam" else None
+
+    def backward(self, alpha=None):
+        with self.autocast:
+            loss = self.net(self.x, self.y)[1] if alpha is None else self.net(self.x, self.y, alpha)[1]
+        loss.backward()
+        return loss
+
+    def val(self):
+        with self.autocast:
+            return validation_gradient(self.net, self.x_val, self.y_val)[0]
+
+    def scored_backward(self):
+        if not hasattr(self, "buffers"):
+            self.buffers = attach_directions(self.model)
+        set_direction(self.buffers, self.val(), self.adam)
+        alpha = torch.zeros(len(self.x), device=self.x.device, requires_grad=True)
+        self.backward(alpha)
+        return alpha.grad * len(self.x)
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def plain(self):
+        self.backward()
+        self.step()
+
+    def scored(self):
+        self.scored_backward()
+        self.step()
+
+    def brute(self):
+        """<grad l_i, G>, a batch of one at a time: (B,)."""
+        gradient, dots = self.val(), []
+        for x, y in zip(self.x.split(1), self.y.split(1), strict=True):
+            with self.autocast:
+                loss = self.model(x, y)[1]
+            part = torch.autograd.grad(loss, list(gradient))
+            dots.append(sum((a * b).sum() for a, b in zip(part, gradient.values(), strict=True)))
+        return torch.stack(dots).double()
+
+
+def seconds(run, device):
+    """Wall time of run(): by CUDA events on a GPU."""
+    if device.startswith("cuda"):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def print_peak(knobs):
+    """The peak memory of an arm, in MB: run in a process of its own."""
+    before = memory_mb("VmRSS")
+    bench = Bench(knobs, knobs.memory_of == "stock")
+    bench.adam = None  # its state is the optimiser's
+    for _ in range(2):
+        bench.optimizer.zero_grad(set_to_none=True)
+        bench.scored_backward() if knobs.memory_of == "scored" else bench.backward()
+    on_gpu = knobs.device.startswith("cuda")
+    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM") - before)
+
+
+def memory_mb(field):
+    """VmRSS, resident now, or VmHWM, its peak. (getrusage's peak would begin with that of the parent process.)"""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) / 2**10 for line in file if line.startswith(field))
+
+
+def measure(knobs):
+    """Everything that the table and --json show, as a dict."""
+    stock, ours = Bench(knobs, True), Bench(knobs, False)
+    ours.model.load_state_dict(stock.model.state_dict())
+    a, b = stock.backward().item(), ours.backward().item()
+    if abs(a - b) > 1e-2 * abs(a):
+        raise AssertionError(f"the stock model's loss is {a}, ours {b}")
+    stock.step(), ours.step()
+    ours.model.load_state_dict(stock.model.state_dict())
+    linears = [layer.weight for layer in ours.model.modules() if type(layer) is data_value.Linear]
+    shapes = [(knobs.batch_size, knobs.block_size, *weight.shape[::-1]) for weight in linears]
+    kernel = kernels.choose(knobs.device, shapes, getattr(torch, knobs.dtype), data_value.add_samples)
+    data_value.use_triton = kernel[0]
+
+    adam, ours.adam = ours.adam, None  # brute force is of G
+    results = []
+    brute_s = seconds(lambda: results.append(ours.brute()), knobs.device)
+    (dots,) = results
+    dots_rel_err = ((ours.scored_backward().double() - dots).norm() / dots.norm()).item()
+    ours.optimizer.zero_grad(set_to_none=True)
+    ours.adam = adam
+
+    arms = dict(stock=stock.plain, plain=ours.plain, val=ours.val, scored=ours.scored)
+    for run in arms.values():
+        run()
+    times = {name: [] for name in arms}
+    gc.disable()
+    for round_ in range(knobs.rounds):
+        names = list(arms)[round_ % len(arms) :] + list(arms)[: round_ % len(arms)]
+        for name in names:
+            times[name].append(seconds(arms[name], knobs.device))
+    gc.enable()
+    rounds = list(zip(*(times[name] for name in ("stock", "plain", "val", "scored")), strict=True))
+    ratios = {
+        "overhead": [(scored - val) / plain - 1 for _, plain, val, scored in rounds],
+        "total": [scored / plain - 1 for _, plain, _, scored in rounds],
+        "plain_over_stock": [plain / stock for stock, plain, _, _ in rounds],
+        "val_over_plain": [val / plain for _, plain, val, _ in rounds],
+    }
+    result = {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
+    result["brute_ms"] = 1000 * brute_s
+    for name, values in ratios.items():
+        result[name] = statistics.median(values)
+        result[f"{name}_quartiles"] = statistics.quantiles(values, n=4)[::2] if len(values) > 1 else [values[0]] * 2
+    for arm in ("stock", "plain", "scored"):
+        flags = [f"--{key}={value}" for key, value in asdict(knobs).items() if key not in ("json", "memory_of")]
+        command = [sys.executable, __file__, *flags, f"--memory_of={arm}"]
+        peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        result[f"{arm}_peak_mb"] = float(peak.split()[-1])
+    parameters = sum(p.numel() for p in ours.model.parameters())
+    result |= dict(dots_rel_err=dots_rel_err, parameters=parameters, kernel=kernel[1], knobs=asdict(knobs))
+    result |= dict(torch=torch.__version__, threads=torch.get_num_threads())
+    if knobs.device.startswith("cuda"):
+        result["gpu"] = torch.cuda.get_device_name(knobs.device)
+        if knobs.peak_tflops:
+            attention = 12 * knobs.n_layer * knobs.n_embd * knobs.block_size  # operations a token (PaLM, App. B)
+            operations = (6 * parameters + attention) * knobs.batch_size * knobs.block_size
+            for arm in ("stock", "plain", "scored"):
+                result[f"{arm}_mfu"] = operations / (result[f"{arm}_ms"] / 1000) / (knobs.peak_tflops * 1e12)
+    return result
+
+
+def main():
+    knobs = configure(Knobs, ["--json=True" if argument == "--json" else argument for argument in sys.argv[1:]])
+    if knobs.memory_of:
+        print_peak(knobs)
+        return
+    result = measure(knobs)
+    if knobs.json:
+        print(json.dumps(result))
+        return
+    tokens = f"{knobs.batch_size} x {knobs.block_size} tokens, m = {knobs.val_batch_size}"
+    print(f"{result['parameters']:,} parameters, {tokens}; {result['kernel']}")
+    print(f"{'':8}{'ms':>10}{'peak MB':>10}{'MFU':>8}")
+    for arm in ("stock", "plain", "val", "scored", "brute"):
+        peak, mfu = result.get(f"{arm}_peak_mb"), result.get(f"{arm}_mfu")
+        mfu = f"{mfu:8.1%}" if mfu else ""
+        print(f"{arm:8}{result[f'{arm}_ms']:10.1f}{f'{peak:10.0f}' if peak else '':10}{mfu}")
+    for name in ("overhead", "total", "plain_over_stock", "val_over_plain"):
+        low, high = result[f"{name}_quartiles"]
+        print(f"{name} {result[name]:+.3f} (quartiles {low:+.3f} to {high:+.3f})")
+    print(f"dots against brute force: relative error {result['dots_rel_err']:.1e}")
+
+
+if __name__ == "__main__":
+    main()
