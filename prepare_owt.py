@@ -8,11 +8,13 @@ Text -> tokens: data/<name>/{train,val,test}.bin, where each document begins, an
 
 The .bin files are nanoGPT's: uint16 token ids, an end-of-text token behind every document. <split>_docs.npy holds the
 first token of every document and its domain, an index into meta.json's domains. meta.json is written last: a folder
-without it is no corpus. Memory does not grow with the corpus.
+without it is no corpus, and a corpus that stands there already is replaced only once its successor is whole. Memory
+does not grow with the corpus.
 """
 
 import glob
 import hashlib
+import io
 import itertools
 import json
 import mmap
@@ -32,15 +34,17 @@ from configurator import UserError, configure
 from files import atomic_write
 
 SPLITS = ("train", "val", "test")
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # what `datasets` calls them
 DOCUMENT = np.dtype([("start", "<i8"), ("domain", "<i4")])
-META = dict(name=str, tokenizer=str, vocab_size=int, eot_token=int, domains=list, splits=dict, fingerprint=str)
+META = dict(name=str, source=str, tokenizer=str, vocab_size=int, eot_token=int, seed=int, val_fraction=float)
+META |= dict(test_fraction=float, domains=list, splits=dict, fingerprint=str)
 
 
 @dataclass
 class Knobs:
     source: str = "Skylion007/openwebtext"  # a hub id, 'python', or a file or glob of .parquet, .jsonl or .txt
     split: str = "train"  # of the hub's data set
-    text_field: str = "text"
+    text_field: str = "text"  # where a document's text stands
     domain_field: str = ""  # where a document's domain stands; dots for nested fields, as in meta.pile_set_name
     tokenizer: str = ""  # 'gpt2' or 'bytes'; the default is bytes for 'python', else gpt2
     data_dir: str = "data"
@@ -59,7 +63,8 @@ class Knobs:
         self.tokenizer = self.tokenizer or ("bytes" if self.source == "python" else "gpt2")
         if self.tokenizer not in ("gpt2", "bytes"):
             raise UserError(f"--tokenizer={self.tokenizer}: expected gpt2 or bytes")
-        self.name = self.name or os.path.splitext(os.path.basename(self.source))[0]
+        base, extension = os.path.splitext(os.path.basename(self.source))
+        self.name = self.name or (base if extension in KINDS else base + extension)  # a hub id may have dots
         if glob.has_magic(self.name):
             raise UserError(f"--source={self.source}: give the corpus a name, --name=<folder in {self.data_dir}>")
 
@@ -99,7 +104,8 @@ def python_documents():
 
     def sources():
         for path in paths:
-            with open(os.path.join(root, path), encoding="utf-8", errors="replace") as file:
+            # what is not UTF-8 becomes lone surrogates, which `encode` replaces and counts
+            with open(os.path.join(root, path), encoding="utf-8", errors="surrogateescape") as file:
                 domain = package[path] if files[package[path]] >= 20 else "packages"
                 yield file.read(), domain if package[path] else "modules"
 
@@ -118,8 +124,8 @@ def dataset_documents(knobs):
         datasets.disable_progress_bars()
     paths = sorted(glob.glob(knobs.source, recursive=True))
     extension = os.path.splitext(knobs.source)[1]
-    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}.get(extension)
-    if kind and not paths:
+    kind = KINDS.get(extension)
+    if (kind or glob.has_magic(knobs.source)) and not paths:
         raise UserError(f"--source={knobs.source}: no such file")
     if paths and not kind:
         raise UserError(f"--source={knobs.source}: expected .parquet, .jsonl or .txt, found '{extension}'")
@@ -147,10 +153,15 @@ def dataset_documents(knobs):
         if flag == "text_field" and getattr(found, "dtype", "") not in ("string", "large_string"):
             raise UserError(f"--text_field={path}: {knobs.source} has {found} there, not text")
     columns = {path.split(".")[0] for path in (knobs.text_field, knobs.domain_field) if path}
-    for batch in data.select_columns(sorted(columns)).iter(batch_size=256):
-        for i in range(len(next(iter(batch.values())))):
-            text, domain = (_field(batch, i, path) for path in (knobs.text_field, knobs.domain_field))
-            yield text or "", "all" if domain is None else str(domain)
+    try:
+        for batch in data.select_columns(sorted(columns)).iter(batch_size=256):
+            for i in range(len(next(iter(batch.values())))):
+                text, domain = (_field(batch, i, path) for path in (knobs.text_field, knobs.domain_field))
+                if domain is None:
+                    domain = "none" if knobs.domain_field else "all"
+                yield text or "", str(domain)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text_field={knobs.text_field}: {knobs.source} has what is not UTF-8 ({error})") from error
 
 
 def _field(batch, i, path):
@@ -168,12 +179,20 @@ def _field(batch, i, path):
 
 
 def encode(tokenizer, text):
-    """The tokens of one document and an end-of-text: a uint16 array. '<|endoftext|>' in the text is text."""
+    """
+    The tokens of one document and an end-of-text: a uint16 array, and whether lone surrogates had to be replaced by
+    U+FFFD. '<|endoftext|>' in the text is text.
+    """
+    try:
+        raw, damaged = text.encode(), False
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken's encode does
+        raw, damaged = text.encode(), True
     if tokenizer.name == "bytes":  # the same tokens as the Encoding's, without its search for merges
-        tokens = np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)
+        tokens = np.frombuffer(raw, dtype=np.uint8)
     else:
         tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-    return np.append(tokens, tokenizer.eot_token).astype("<u2")
+    return np.append(tokens, tokenizer.eot_token).astype("<u2"), damaged
 
 
 def batches_of(documents, characters=2**22, count=2**12):
@@ -191,9 +210,9 @@ def batches_of(documents, characters=2**22, count=2**12):
 def write_corpus(documents, tokenizer, folder, knobs):
     """Encode the documents into `folder` and return meta.json's part on them: domains, splits and fingerprint."""
     domains, digests = {}, {split: hashlib.sha256() for split in SPLITS}
-    tokens, counts, by_domain = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), {}
+    tokens, counts, by_domain, docs_digests = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), Counter(), {}
     edges = [1 - knobs.val_fraction - knobs.test_fraction, 1 - knobs.test_fraction]
-    rng = np.random.default_rng(knobs.seed)
+    rng, damaged = np.random.default_rng(knobs.seed), 0
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(knobs.num_proc))
         bins = {split: stack.enter_context(atomic_write(f"{folder}/{split}.bin")) for split in SPLITS}
@@ -202,15 +221,16 @@ def write_corpus(documents, tokenizer, folder, knobs):
         for batch in batches_of(documents):
             encoded = pool.map(lambda document: encode(tokenizer, document[0]), batch)
             sides = np.searchsorted(edges, rng.random(len(batch)), side="right")
-            for (text, domain), side, ids in zip(batch, sides, encoded, strict=True):
+            for (text, domain), side, (ids, replaced) in zip(batch, sides, encoded, strict=True):
                 split = SPLITS[side]
                 index = domains.setdefault(domain, len(domains))
-                bins[split].write(ids.tobytes())
-                digests[split].update(ids.tobytes())
+                bins[split].write(ids)
+                digests[split].update(ids)
+                damaged += replaced
                 starts[split].write(np.array([(tokens[split], index)], dtype=DOCUMENT).tobytes())
                 tokens[split] += len(ids)
                 counts[split] += 1
-                by_domain[domain] = by_domain.get(domain, 0) + len(ids)
+                by_domain[domain] += len(ids)
                 progress.update(len(text))
         if not domains or not any(tokens[split] > counts[split] for split in SPLITS):
             raise UserError(f"--source={knobs.source}: no text in it")
@@ -219,29 +239,42 @@ def write_corpus(documents, tokenizer, folder, knobs):
                 flag = "val_fraction" if split == "train" else f"{split}_fraction"
                 total = sum(counts.values())
                 raise UserError(f"none of the {total} documents fell into {split}; change --{flag} or --seed")
-            save_documents(starts[split], counts[split], f"{folder}/{split}_docs.npy")
+        if os.path.exists(f"{folder}/meta.json"):
+            os.remove(f"{folder}/meta.json")  # files are replaced from here on: no corpus until it is written anew
+        for split in SPLITS:
+            docs_digests[split] = save_documents(starts[split], counts[split], f"{folder}/{split}_docs.npy")
             os.remove(starts[split].name)
     for split in SPLITS:
         print(f"{split}: {counts[split]:,} documents, {tokens[split]:,} tokens")
     if len(domains) > 1:
-        total = sum(tokens.values())
-        print("tokens by domain: " + ", ".join(f"{name} {n / total:.1%}" for name, n in by_domain.items()))
+        total, most = sum(tokens.values()), by_domain.most_common(20)
+        rest = f", and {len(domains) - 20} more" if len(domains) > 20 else ""
+        print("tokens by domain: " + ", ".join(f"{name} {n / total:.1%}" for name, n in most) + rest)
+    if damaged:
+        print(f"{damaged:,} documents had text that is not Unicode: U+FFFD stands for it")
     splits = {
         split: {"tokens": tokens[split], "documents": counts[split], "sha256": digests[split].hexdigest()}
         for split in SPLITS
     }
-    identity = json.dumps([tokenizer.name, splits], sort_keys=True)
+    identity = json.dumps([tokenizer.name, splits], sort_keys=True)  # of the tokens, whatever their domains are
+    for split in SPLITS:
+        splits[split]["docs_sha256"] = docs_digests[split]
     return dict(domains=list(domains), splits=splits, fingerprint=hashlib.sha256(identity.encode()).hexdigest())
 
 
 def save_documents(records, n, path):
-    """The `n` raw DOCUMENT records of a file as a .npy, a piece at a time."""
+    """The `n` raw DOCUMENT records of a file as a .npy, a piece at a time; the sha256 of the .npy."""
     records.seek(0)
+    header = io.BytesIO()
+    array = dict(descr=np.lib.format.dtype_to_descr(DOCUMENT), fortran_order=False, shape=(n,))
+    np.lib.format.write_array_header_1_0(header, array)
+    digest, piece = hashlib.sha256(), header.getvalue()
     with atomic_write(path) as file:
-        header = dict(descr=np.lib.format.dtype_to_descr(DOCUMENT), fortran_order=False, shape=(n,))
-        np.lib.format.write_array_header_1_0(file, header)
-        while piece := records.read(2**20):
+        while piece:
             file.write(piece)
+            digest.update(piece)
+            piece = records.read(2**20)
+    return digest.hexdigest()
 
 
 def main():
@@ -253,9 +286,6 @@ def main():
         raise UserError(f"--source={knobs.source}: no text in it")
     folder = os.path.join(knobs.data_dir, knobs.name)
     os.makedirs(folder, exist_ok=True)
-    meta_path = os.path.join(folder, "meta.json")
-    if os.path.exists(meta_path):
-        os.remove(meta_path)  # from here until it is written anew, this is no corpus
     written = write_corpus(itertools.chain([first], documents), tokenizer, folder, knobs)
     meta = dict(
         name=knobs.name,
@@ -268,7 +298,7 @@ def main():
         test_fraction=knobs.test_fraction,
         **written,
     )
-    with atomic_write(meta_path) as file:
+    with atomic_write(f"{folder}/meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
     print(
         f"{folder}: ready for --dataset={knobs.name}"
@@ -283,30 +313,22 @@ def main():
 def load_meta(folder):
     """meta.json of a corpus as a dict. Raises UserError where it is missing, damaged or of another kind."""
     path = os.path.join(folder, "meta.json")
-    name = os.path.basename(folder)
+    name = os.path.basename(os.path.normpath(folder))
     if not os.path.isfile(path):
-        source = (
-            ""
-            if name == "openwebtext"
-            else " --source=python"
-            if name == "python"
-            else f" --name={name} --source=<...>"
-        )
-        raise UserError(
-            f"{path}: no such file, so there is no whole corpus; make it with python prepare_owt.py{source}"
-        )
+        flags = {"openwebtext": "", "python": " --source=python"}.get(name, f" --name={name} --source=<...>")
+        raise UserError(f"{path}: no such file, so there is no whole corpus; make it with python prepare_owt.py{flags}")
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); prepare the corpus again") from error
     for key, kind in META.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+        if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
             found = repr(meta.get(key)) if isinstance(meta, dict) else repr(meta)
             raise UserError(f"{path}: {key} = {found:.80}, expected {kind.__name__}; prepare the corpus again")
     for split in SPLITS:
         part = meta["splits"].get(split)
-        if not isinstance(part, dict) or not all(isinstance(part.get(key), int) for key in ("tokens", "documents")):
+        if not isinstance(part, dict) or not all(type(part.get(key)) is int for key in ("tokens", "documents")):
             raise UserError(
                 f"{path}: splits.{split} = {part!r:.80}, expected its tokens and documents; prepare it again"
             )
@@ -335,9 +357,9 @@ def _check_size(path, expected):
 
 def window_domains(folder, split, ids, block_size, meta):
     """
-    The domain of each window, (k,) indices into meta['domains']: the one that most of the tokens i*T .. i*T + T - 1
-    of window i belong to, the first of them where there are several. Raises UserError where <split>_docs.npy does not
-    fit meta.json.
+    The domain of each window, (k,) indices into meta['domains']: the one that most of the tokens i*T .. i*T + T of
+    window i belong to, the first of them where there are several. Memory follows the documents that these windows
+    touch. Raises UserError where <split>_docs.npy does not fit meta.json.
     """
     path = os.path.join(folder, f"{split}_docs.npy")
     n = meta["splits"][split]["documents"]
@@ -348,19 +370,34 @@ def window_domains(folder, split, ids, block_size, meta):
         fits = False
     if not fits:
         raise UserError(f"{path}: missing, damaged or of another corpus; prepare the corpus again with prepare_owt.py")
-    first = np.searchsorted(documents["start"], ids * block_size, side="right") - 1
-    last = np.searchsorted(documents["start"], (ids + 1) * block_size, side="left") - 1
-    tokens = np.zeros((len(ids), len(meta["domains"])), dtype=np.int64)
-    for step in range(int((last - first).max(initial=0)) + 1):  # the documents of a window, one after the other
-        here = np.flatnonzero(first + step <= last)
-        document = first[here] + step
-        start = np.maximum(documents["start"][document], ids[here] * block_size)
-        following = documents["start"][np.minimum(document + 1, n - 1)]
-        end = np.where(
-            document + 1 < n, np.minimum(following, (ids[here] + 1) * block_size), (ids[here] + 1) * block_size
-        )
-        np.add.at(tokens, (here, documents["domain"][document]), end - start)
-    return tokens.argmax(1)
+    ids = np.asarray(ids, dtype=np.int64)
+    starts, n_domains = documents["start"], len(meta["domains"])
+    first, last = _document_of(starts, ids * block_size), _document_of(starts, (ids + 1) * block_size)
+    touched = last - first + 1
+    window = np.repeat(np.arange(len(ids)), touched)  # one entry per window and document that it touches
+    document = np.arange(len(window)) + np.repeat(first - (np.cumsum(touched) - touched), touched)
+    begin = np.maximum(starts[document], ids[window] * block_size)
+    end = (ids[window] + 1) * block_size + 1
+    inner = document < last[window]  # it ends inside the window
+    end[inner] = starts[document[inner] + 1]
+    pairs, where = np.unique(window * n_domains + documents["domain"][document], return_inverse=True)
+    tokens = np.bincount(where, weights=end - begin)
+    window, domain = np.divmod(pairs, n_domains)
+    order = np.lexsort((-tokens, window))  # stable: of equals, the first domain
+    return domain[order][np.searchsorted(window, np.arange(len(ids)))]
+
+
+def _document_of(starts, tokens):
+    """
+    searchsorted(starts, tokens, side='right') - 1 by bisection: numpy's own copies the column, unaligned in its file,
+    into memory whole.
+    """
+    low, high = np.zeros_like(tokens), np.full_like(tokens, len(starts))
+    for _ in range(len(starts).bit_length()):
+        middle = (low + high) // 2
+        before = starts[middle] <= tokens
+        low, high = np.where(before, middle, low), np.where(before, high, middle)
+    return low
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """From text to tokens: what goes in comes out, on one side only, whole or not at all."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -119,11 +121,29 @@ def test_the_embedded_corpus(tmp_path, monkeypatch, capsys):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text())
+@given(st.text(st.characters()))
 def test_the_short_cut_for_bytes_gives_the_encoding_s_tokens(text):
     tokenizer = get_tokenizer("bytes")
-    assert encode(tokenizer, text).tolist() == [*tokenizer.encode_ordinary(text), 256]
-    assert tokenizer.decode(encode(tokenizer, text)[:-1].tolist()) == text
+    tokens, damaged = encode(tokenizer, text)
+    assert tokens.dtype == np.dtype("<u2") and tokens.tolist() == [*tokenizer.encode_ordinary(text), 256]
+    assert damaged == any("\ud800" <= character <= "\udfff" for character in text)
+    assert damaged or tokenizer.decode(tokens[:-1].tolist()) == text
+
+
+def test_text_that_is_not_unicode_is_replaced_and_counted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "stdlib").mkdir()
+    for i in range(60):
+        (tmp_path / "stdlib" / f"m{i:02}.py").write_bytes(b"# caf\xe9 %d" % i if i < 3 else b"# module %d" % i)
+    monkeypatch.setattr(prepare_owt.sysconfig, "get_path", lambda name: str(tmp_path / "stdlib"))
+    prepare(monkeypatch, "--source=python", f"--data_dir={tmp_path}")
+    assert "3 documents had text that is not Unicode" in capsys.readouterr().out
+    assert "# caf\ufffd 0" in documents_of(f"{tmp_path}/python")
+
+
+def test_lone_surrogates_with_the_gpt2_tokenizer(gpt2):
+    tokenizer = get_tokenizer("gpt2")
+    tokens, damaged = encode(tokenizer, "a\udce9b <|endoftext|>")
+    assert damaged and tokenizer.decode(tokens[:-1].tolist()) == "a\ufffdb <|endoftext|>"
 
 
 @settings(max_examples=100, deadline=None)
@@ -140,28 +160,140 @@ def test_a_window_has_the_domain_of_most_of_its_tokens(tmp_path_factory, lengths
     meta = dict(domains=list("abcd"), splits=dict(train=dict(documents=len(lengths), tokens=sum(lengths))))
     owner = np.repeat(records["domain"], lengths)
     ids = np.arange((sum(lengths) - 1) // T)
-    expected = [np.bincount(owner[i * T : i * T + T], minlength=4).argmax() for i in ids]
+    expected = [np.bincount(owner[i * T : i * T + T + 1], minlength=4).argmax() for i in ids]
     assert window_domains(folder, "train", ids, T, meta).tolist() == expected
     assert window_domains(folder, "train", ids[::-2], T, meta).tolist() == expected[::-2]
 
 
+def test_the_memory_of_window_domains_follows_the_windows(tmp_path):
+    n, T = 2_000_000, 64
+    records = np.zeros(n, dtype=DOCUMENT)
+    records["start"], records["domain"] = np.arange(n) * 100, np.arange(n) % 100_000
+    np.save(f"{tmp_path}/train_docs.npy", records)
+    meta = dict(domains=["d"] * 100_000, splits=dict(train=dict(documents=n, tokens=100 * n)))
+    ids = np.arange(0, 100 * n // T - 1, 5000)
+    tracemalloc.start()
+    found = window_domains(str(tmp_path), "train", ids, T, meta)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == len(ids) and peak < 5e6  # the starts alone are 16 MB, windows times domains 500 MB
+
+
 def test_a_killed_preparation_leaves_no_corpus(jsonl, tmp_path, monkeypatch):
     flags = [f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
-    prepare(monkeypatch, *flags)
-    fingerprint = load_meta(f"{tmp_path}/texts")["fingerprint"]
     slow = (
         "import prepare_owt, time; e = prepare_owt.encode; prepare_owt.encode = lambda *a: (time.sleep(0.05), e(*a))[1]"
     )
-    command = [sys.executable, "-c", f"{slow}; prepare_owt.main()", *flags]
-    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    while run.poll() is None and os.path.exists(f"{tmp_path}/texts/meta.json"):
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+
+    def killed():
+        run = subprocess.Popen([sys.executable, "-c", f"{slow}; prepare_owt.main()", *flags, "--seed=1"], cwd=ROOT)
+        while run.poll() is None and not os.path.exists(f"{tmp_path}/texts/train.bin.tmp"):
+            time.sleep(0.01)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+
+    killed()
     with pytest.raises(SystemExit, match="no whole corpus; make it with python prepare_owt.py"):
         load_meta(f"{tmp_path}/texts")
     prepare(monkeypatch, *flags)
-    assert load_meta(f"{tmp_path}/texts")["fingerprint"] == fingerprint
+    files = sorted([f"{split}.bin" for split in SPLITS] + [f"{split}_docs.npy" for split in SPLITS] + ["meta.json"])
+    assert sorted(os.listdir(f"{tmp_path}/texts")) == files
+    found = documents_of(f"{tmp_path}/texts")
+    killed()  # before any file was replaced: the corpus that stood there is whole
+    assert documents_of(f"{tmp_path}/texts") == found
+
+
+@pytest.mark.parametrize("last", ["train_docs.npy", "test_docs.npy", "train.bin", "val.bin", "meta.json"])
+def test_a_preparation_that_ends_between_two_renames_leaves_no_corpus(last, jsonl, tmp_path, monkeypatch):
+    flags = [f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    prepare(monkeypatch, *flags)
+    meta, rename = load_meta(f"{tmp_path}/texts"), os.replace
+
+    def interrupted(source, target):
+        if target.endswith(f"/{last}"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        prepare(patch, *flags, "--seed=1")
+    with pytest.raises(SystemExit, match="no whole corpus"):
+        load_meta(f"{tmp_path}/texts")
+    prepare(monkeypatch, *flags)
+    assert load_meta(f"{tmp_path}/texts") == meta
+    assert not [name for name in os.listdir(f"{tmp_path}/texts") if "tmp" in name]
+
+
+def test_a_mistake_costs_no_corpus(jsonl, tmp_path, monkeypatch):
+    flags = [f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    prepare(monkeypatch, *flags)
+    meta, found = load_meta(f"{tmp_path}/texts"), documents_of(f"{tmp_path}/texts")
+    for mistake in ("--val_fraction=1e-9", "--text_field=body"):
+        with pytest.raises(SystemExit, match=mistake.split("=")[0]):
+            prepare(monkeypatch, *flags, mistake)
+        assert load_meta(f"{tmp_path}/texts") == meta and documents_of(f"{tmp_path}/texts") == found
+
+
+def test_meta_has_the_digests_of_the_files(jsonl, tmp_path, monkeypatch):
+    prepare(monkeypatch, f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}")
+    meta = load_meta(f"{tmp_path}/texts")
+    for split in SPLITS:
+        for name, key in ((f"{split}.bin", "sha256"), (f"{split}_docs.npy", "docs_sha256")):
+            with open(f"{tmp_path}/texts/{name}", "rb") as file:
+                assert hashlib.sha256(file.read()).hexdigest() == meta["splits"][split][key]
+
+
+def test_the_side_of_a_document_follows_seed_and_index_alone(jsonl, tmp_path, monkeypatch):
+    flags = ["--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    prepare(monkeypatch, f"--source={jsonl}", *flags)
+    found = documents_of(f"{tmp_path}/texts")
+    with open(jsonl, encoding="utf-8") as whole, open(tmp_path / "fewer.jsonl", "w", encoding="utf-8") as fewer:
+        fewer.writelines(line for i, line in enumerate(whole) if i < 150)
+    monkeypatch.setattr(prepare_owt.batches_of, "__defaults__", (100, 7))
+    prepare(monkeypatch, f"--source={tmp_path}/fewer.jsonl", *flags)
+    assert documents_of(f"{tmp_path}/fewer") == {text: found[text] for text in TEXTS[:150]}
+
+
+def test_a_document_without_a_domain_is_told_apart(tmp_path, monkeypatch):
+    with open(tmp_path / "some.json", "w", encoding="utf-8") as file:
+        for i, text in enumerate(TEXTS):
+            file.write(json.dumps({"text": text, "of": "a" if i % 2 else None}) + "\n")
+    prepare(
+        monkeypatch,
+        f"--source={tmp_path}/some.json",
+        "--domain_field=of",
+        "--tokenizer=bytes",
+        f"--data_dir={tmp_path}",
+    )
+    assert {domain for _, domain in documents_of(f"{tmp_path}/some").values()} == {"a", "none"}
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("Skylion007/openwebtext", "openwebtext"),
+        ("org/wiki.v1.2", "wiki.v1.2"),
+        ("a/b.jsonl", "b"),
+        ("python", "python"),
+    ],
+)
+def test_the_name_comes_from_the_source(source, name):
+    assert prepare_owt.Knobs(source=source).name == name
+
+
+def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path, monkeypatch):
+    import datasets
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(SystemExit, match="--source=some/set: .*ConnectionError: no route to the hub") as error:
+        prepare(monkeypatch, "--source=some/set", "--tokenizer=bytes", f"--data_dir={tmp_path}")
+    assert "\n" not in str(error.value) and not os.path.exists(tmp_path / "set")
+    monkeypatch.setattr(prepare_owt.tiktoken, "get_encoding", unreachable)
+    with pytest.raises(SystemExit, match="GPT-2's BPE files .* set TIKTOKEN_CACHE_DIR"):
+        get_tokenizer("gpt2")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +304,7 @@ def test_a_killed_preparation_leaves_no_corpus(jsonl, tmp_path, monkeypatch):
         (["--domain_field=meta.name"], "--domain_field=meta.name: .*there are: set"),
         (["--source=nothing/*.txt", "--name=x"], "nothing/.*: no such file"),
         (["--source=nothing.jsonl"], "nothing.jsonl: no such file"),
+        (["--source=nothing/*", "--name=x"], "nothing/.*: no such file"),
         (["--source=a/*.parquet"], "give the corpus a name, --name="),
         (["--tokenizer=gpt3"], "--tokenizer=gpt3: expected gpt2 or bytes"),
         (["--val_fraction=0.0"], "--val_fraction=0.0 .*above 0"),
@@ -193,10 +326,18 @@ def test_sources_without_text(tmp_path, monkeypatch):
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet")
     (tmp_path / "notes.pdf").write_bytes(b"")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    import pyarrow
+    from pyarrow import parquet
+
+    latin = pyarrow.array([b"text", b"caf\xe9"] * 50).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
     for name, message in (
         ("empty.jsonl", "--source=.*empty.jsonl"),
         ("blank.jsonl", "no text in it"),
         ("broken.parquet", "could not be read"),
+        ("latin.txt", "could not be read as text"),
+        ("latin.parquet", "--text_field=text: .*not UTF-8"),
         ("notes.pdf", "expected .parquet, .jsonl or .txt, found '.pdf'"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -216,7 +357,10 @@ def test_readers_name_what_is_wrong(jsonl, tmp_path, monkeypatch):
     for text, message in (
         ("{", "damaged"),
         ("[]", "name = "),
-        (json.dumps(meta | {"vocab_size": "a"}), "vocab_size = 'a'"),
+        (json.dumps(meta | {"vocab_size": "a"}), "vocab_size = 'a', expected int"),
+        (json.dumps(meta | {"eot_token": True}), "eot_token = True, expected int"),
+        (json.dumps({key: meta[key] for key in meta if key != "fingerprint"}), "fingerprint = None, expected str"),
+        (json.dumps(meta | {"splits": {"train": {}}}), "splits.train = "),
     ):
         (folder / "meta.json").write_text(text)
         with pytest.raises(SystemExit, match=message):
