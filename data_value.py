@@ -85,8 +85,8 @@ def linear_grad(x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor) -> t
     x (B, T, in), dy (B, T, out), direction (out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), and every
     sample's share of it dotted with the direction, (B,), both in the direction's dtype.
     """
-    dw = torch.zeros_like(direction)
-    dots, _ = add_samples(dw, x, dy, direction, direction.new_zeros(()))
+    dw = torch.empty_like(direction)
+    dots, _ = add_samples(dw, x, dy, direction, None)
     return dw, dots
 
 
@@ -97,8 +97,8 @@ def _(x, dy, direction):
 
 def add_samples(dw, x, dy, direction, running):
     """
-    Add dY_i^T X_i of every sample to dw, (out, in), in place. `running` is <dw, direction>, a scalar; returns every
-    sample's share dotted with the direction, (B,), and the new running.
+    Add dY_i^T X_i of every sample to dw, (out, in), in place. `running` is <dw, direction>, a scalar, or None for a dw
+    that holds nothing yet; returns every sample's share dotted with the direction, (B,), and the new running.
 
     The weight gradient may as well be accumulated one sample at a time; <dw, direction> after each sample then gives
     the sample's dot as a difference: one multiplication in T more than without it. (A buffer for each sample's share
@@ -106,12 +106,16 @@ def add_samples(dw, x, dy, direction, running):
     save.)
     """
     if use_triton and dw.dtype == torch.float32:
-        return add_samples_triton(dw, x, dy, direction), running
-    x, dy = x.to(dw.dtype), dy.to(dw.dtype)
-    after = [running]
-    for i in range(len(x)):
-        dw.addmm_(dy[i].T, x[i])
-        after.append(torch.dot(dw.view(-1), direction.view(-1)))
+        if running is None:
+            dw.zero_()
+        return add_samples_triton(dw, x, dy, direction), torch.zeros((), device=dw.device)
+    flat_dw, flat_direction = dw.view(-1), direction.view(-1)
+    after = [torch.zeros((), dtype=dw.dtype, device=dw.device) if running is None else running]
+    beta = 0 if running is None else 1
+    for x_i, dy_i in zip(x.to(dw.dtype).unbind(), dy.to(dw.dtype).mT.unbind(), strict=True):
+        dw.addmm_(dy_i, x_i, beta=beta)
+        after.append(torch.dot(flat_dw, flat_direction))
+        beta = 1
     return torch.stack(after).diff(), after[-1]
 
 
@@ -220,7 +224,7 @@ def head_loss(
     B, T, _ = x.shape
     V = len(weight)
     full = torch.promote_types(x.dtype, torch.float32)
-    loss, running = torch.zeros((), dtype=full, device=x.device), torch.zeros((), dtype=full, device=x.device)
+    loss, running = torch.zeros((), dtype=full, device=x.device), None
     dx, dw, dots = _head_gradients(x, weight, backward)
     limit = SLICE.get(x.device.type, 2**28)
     samples = min(B, max(1, limit // (T * V)))  # in a slice; where that is one, perhaps not the whole of it
@@ -324,11 +328,9 @@ def set_direction(buffers, gradient, optimizer=None):
         for p in group["params"]:
             state, g, d = optimizer.state[p], gradient[p], buffers[p]
             step = state["step"] + 1 if state else 1
-            if state:
-                torch.mul(state["exp_avg_sq"], beta2, out=d)
-            else:
-                d.zero_()
-            d.addcmul_(g, g, value=1 - beta2).div_(1 - beta2**step).sqrt_().add_(eps)
+            v = state["exp_avg_sq"] if state else torch.zeros_like(d)
+            torch.mul(v, beta2, out=d).addcmul_(g, g, value=1 - beta2)
+            d.div_(1 - beta2**step).sqrt_().add_(eps)
             torch.div(g, d, out=d)
 
 
