@@ -11,10 +11,10 @@ import textwrap
 import time
 
 import numpy as np
-import prepare_owt
 import pytest
 import torch
 
+import prepare_owt
 import report
 import train
 from data_value import load_values, read_log
