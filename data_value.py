@@ -67,13 +67,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, weight_direction, bias_direction = ctx.saved_tensors
         dx = dy @ weight
-        dw, dot = linear_grad(x, dy, weight_direction)
-        db = None
-        if bias_direction is not None:
-            sample_db = dy.sum(1, dtype=bias_direction.dtype)  # (B, out)
-            db = sample_db.sum(0)
-            dot = dot + sample_db @ bias_direction
-        return dx, dw, db, dot, None, None
+        dw, dot = torch.ops.data_value.linear_grad(x, dy, weight_direction)
+        if bias_direction is None:
+            return dx, dw, None, dot, None, None
+        sample_db = dy.sum(1, dtype=bias_direction.dtype)  # (B, out)
+        return dx, dw, sample_db.sum(0), dot.addmv(sample_db, bias_direction), None, None
 
 
 use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the kernel correct and faster
@@ -166,16 +164,20 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, mean, rstd, weight_direction, bias_direction = ctx.saved_tensors
-        only_dx = [True, False, False]
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, None, only_dx)
-        sample_dw = (x - mean).mul_(rstd).mul_(dy).sum(1)  # (B, C)
-        dw, db = sample_dw.sum(0), None
+        backward, shape, has_bias = torch.ops.aten.native_layer_norm_backward, weight.shape, bias_direction is not None
+        dx, _, _ = backward(dy, x, shape, mean, rstd, weight, None, [True, False, False])
+        if x.is_cuda or torch.compiler.is_compiling():  # one kernel, rather than B
+            sample_dw = ((x - mean) * rstd * dy).sum(1)  # (B, C)
+            sample_db = dy.sum(1) if has_bias else None
+        else:  # in a third of the time, and without a tensor of x's size
+            samples = zip(dy.unbind(), x.unbind(), mean.unbind(), rstd.unbind(), strict=True)
+            parts = [backward(*one[:2], shape, *one[2:], weight, weight, [False, True, has_bias]) for one in samples]
+            sample_dw = torch.stack([part[1] for part in parts])
+            sample_db = torch.stack([part[2] for part in parts]) if has_bias else None
         dot = sample_dw @ weight_direction
-        if bias_direction is not None:
-            sample_db = dy.sum(1)
-            db = sample_db.sum(0)
-            dot = dot + sample_db @ bias_direction
-        return dx, dw, db, dot, None, None, None
+        if not has_bias:
+            return dx, sample_dw.sum(0), None, dot, None, None, None
+        return dx, sample_dw.sum(0), sample_db.sum(0), dot.addmv_(sample_db, bias_direction), None, None, None
 
 
 class LossHead(Linear):
@@ -324,14 +326,19 @@ def set_direction(buffers, gradient, optimizer=None):
             buffers[p].copy_(g)
         return
     for group in optimizer.param_groups:
-        beta2, eps = group["betas"][1], group["eps"]
-        for p in group["params"]:
-            state, g, d = optimizer.state[p], gradient[p], buffers[p]
-            step = state["step"] + 1 if state else 1
-            v = state["exp_avg_sq"] if state else torch.zeros_like(d)
-            torch.mul(v, beta2, out=d).addcmul_(g, g, value=1 - beta2)
-            d.div_(1 - beta2**step).sqrt_().add_(eps)
-            torch.div(g, d, out=d)
+        beta2, eps, params = group["betas"][1], group["eps"], group["params"]
+        g, d = [gradient[p] for p in params], [buffers[p] for p in params]
+        state = [optimizer.state[p] for p in params if p in optimizer.state]
+        torch._foreach_zero_(d)
+        if state:
+            torch._foreach_add_(d, [s["exp_avg_sq"] for s in state], alpha=beta2)
+        step = state[0]["step"] + 1 if state else 1  # all parameters take every step
+        torch._foreach_addcmul_(d, g, g, value=1 - beta2)  # d = v', then P, then P * G, with no memory of its own
+        torch._foreach_mul_(d, 1 / (1 - beta2**step))
+        torch._foreach_sqrt_(d)
+        torch._foreach_add_(d, eps)
+        torch._foreach_reciprocal_(d)
+        torch._foreach_mul_(d, g)
 
 
 def dot_products(model, x, y, x_val, y_val):
