@@ -103,7 +103,7 @@ class Bench:
         }
         self.model = (StockGPT if stock else GPT)(GPTConfig(**shape)).to(knobs.device)
         self.net = torch.compile(self.model, fullgraph=True, dynamic=False) if knobs.compile else self.model
-        self.optimizer = self.model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), knobs.device.split(":")[0])
+        self.optimizer = self.model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95))
         windows = torch.randint(knobs.vocab_size, (knobs.batch_size + knobs.val_batch_size, knobs.block_size + 1))
         x, y = windows[:, :-1].to(knobs.device), windows[:, 1:].to(knobs.device)
         B = knobs.batch_size

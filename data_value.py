@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from configurator import UserError
-from files import atomic_write
+from files import atomic_write, load_torch
 from kernels import add_samples_triton
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,19 +399,21 @@ def read_log(out_dir):
     files = log_files(out_dir)
     if not files:
         raise UserError(f"{out_dir}/dot_prod: no dot-product log there; make one with --score=True --out_dir={out_dir}")
-    parts = []
+    parts, anew = [], "train it anew in another --out_dir"
     for path in files.values():
+        part = load_torch(path, LOG_SHAPES, anew)
         try:
-            part = torch.load(path, weights_only=True)
-            shapes = {key: part[key].dim() for key in LOG_SHAPES}
-        except Exception as error:
-            raise UserError(f"{path}: not a dot-product log ({type(error).__name__})") from error
-        if shapes != LOG_SHAPES:
-            raise UserError(f"{path}: not a dot-product log (dimensions {shapes})")
-        parts.append(part)
+            shape = part["sample_id"].shape  # (k, B), B the same in all files
+            fits = all(part[key].shape == shape[:dims] for key, dims in LOG_SHAPES.items())
+            parts.append(part)
+            fits &= len(shape) == 2 and shape[1] == parts[0]["sample_id"].shape[1]
+        except AttributeError:
+            fits = False
+        if not fits:
+            raise UserError(f"{path}: not a dot-product log, or of a run with another batch; {anew}")
     log = {key: torch.cat([part[key] for part in parts]).numpy() for key in LOG_SHAPES}
     if not np.array_equal(log["iter"], np.arange(len(log["iter"]))):
-        raise UserError(f"{out_dir}/dot_prod: iterations are missing or there twice; run it anew in another --out_dir")
+        raise UserError(f"{out_dir}/dot_prod: iterations are missing or there twice; {anew}")
     scale = log["lr"] * log["clip"] / log["sample_id"].shape[1]
     log["value"] = scale[:, None] * log["dot_product"].astype(np.float64)
     return log
@@ -435,10 +437,14 @@ def load_values(out_dir):
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; a run with --score=True writes it when it reaches its max_iters")
     try:
-        with np.load(path, allow_pickle=False) as values:
+        with np.load(path, allow_pickle=False) as values:  # which compares every array with its CRC-32
             sample_id, value, visits = values["sample_id"], values["value"], values["visits"]
+        if not (sample_id.shape == value.shape == visits.shape == (sample_id.size,) and np.isfinite(value).all()):
+            raise ValueError("arrays of different lengths, or values that are not finite")
+        if sample_id.dtype != np.int64 or sample_id[:1].min(initial=0) < 0 or (np.diff(sample_id) <= 0).any():
+            raise ValueError("ids that are not in order")
     except Exception as error:
         raise UserError(
-            f"{path}: damaged ({type(error).__name__}); resume its run with --init_from=resume to write it again"
+            f"{path}: damaged ({type(error).__name__}: {error}); resume its run, --init_from=resume, to write it again"
         ) from error
     return sample_id, value, visits

@@ -103,16 +103,26 @@ def count_windows(data, block_size):
     return max(0, (len(data) - 1) // block_size)
 
 
+def micro_batches(ids, batch_size, rank, world):
+    """
+    The share of rank `rank` of `world` in the global batch `ids`, (B,): a list of (number, ids (batch_size,)), the
+    number counting the micro-batches of all ranks. Every rank has as many.
+    """
+    micro_steps = len(ids) // batch_size // world
+    mine = range(rank * micro_steps, (rank + 1) * micro_steps)
+    return [(n, ids[n * batch_size : (n + 1) * batch_size]) for n in mine]
+
+
 def get_batch(data, ids, block_size, vocab_size, device):
     """
-    The windows `ids`, (k,), of the tokens `data`: x, y, (k, T) int64 on `device`. Raises UserError for a token id
+    The windows `ids`, (k,), of the Tokens `data`: x, y, (k, T) int64 on `device`. Raises UserError for a token id
     that the model has no embedding for.
     """
-    windows = data[ids[:, None] * block_size + np.arange(block_size + 1)]
+    windows = data.windows(ids, block_size)
     if windows.max(initial=0) >= vocab_size:
         found = f"token id {windows.max()} in window {ids[windows.max(1).argmax()]}"
         raise UserError(
-            f"{data.filename}: {found}, but vocab_size = {vocab_size}; prepare the corpus again or raise --vocab_size"
+            f"{data.path}: {found}, but vocab_size = {vocab_size}; prepare the corpus again or raise --vocab_size"
         )
     windows = torch.from_numpy(windows.astype(np.int64))
     if torch.device(device).type == "cuda":

@@ -154,14 +154,15 @@ class GPT(nn.Module):
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
 
-    def configure_optimizers(self, name, weight_decay, learning_rate, betas, device_type):
-        """'adamw' or 'sgd' (without momentum); matrices and embeddings decay, biases and layer norms do not."""
+    def configure_optimizers(self, name, weight_decay, learning_rate, betas):
+        """
+        'adamw' or 'sgd' (without momentum), fused; matrices and embeddings decay, biases and layer norms do not.
+        """
         params = list(self.parameters())
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused = device_type in ("cpu", "cuda")
         if name == "sgd":
-            return torch.optim.SGD(groups, lr=learning_rate, fused=fused)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+            return torch.optim.SGD(groups, lr=learning_rate, fused=True)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)

@@ -7,9 +7,10 @@ Text -> tokens: data/<name>/{train,val,test}.bin, where each document begins, an
     python prepare_owt.py --source=python                                        # this Python's own library, as bytes
 
 The .bin files are nanoGPT's: uint16 token ids, an end-of-text token behind every document. <split>_docs.npy holds the
-first token of every document and its domain, an index into meta.json's domains. meta.json is written last: a folder
-without it is no corpus, and a corpus that stands there already is replaced only once its successor is whole. Memory
-does not grow with the corpus.
+first token of every document and its domain, an index into meta.json's domains; <split>.crc the CRC-32 of every 4,096
+bytes of the .bin, which whoever reads a window compares. meta.json is written last: a folder without it is no corpus,
+and a corpus that stands there already is replaced only once its successor is whole. Memory does not grow with the
+corpus.
 """
 
 import glob
@@ -21,6 +22,7 @@ import mmap
 import os
 import sys
 import sysconfig
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -38,6 +40,7 @@ KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text
 DOCUMENT = np.dtype([("start", "<i8"), ("domain", "<i4")])
 META = dict(name=str, source=str, tokenizer=str, vocab_size=int, eot_token=int, seed=int, val_fraction=float)
 META |= dict(test_fraction=float, domains=list, splits=dict, fingerprint=str)
+PAGE = 4096  # bytes of a .bin that have a checksum: a window is read with one or two pages, and 1 in 1,000 is added
 
 
 @dataclass
@@ -242,6 +245,8 @@ def write_corpus(documents, tokenizer, folder, knobs):
         if os.path.exists(f"{folder}/meta.json"):
             os.remove(f"{folder}/meta.json")  # files are replaced from here on: no corpus until it is written anew
         for split in SPLITS:
+            bins[split].flush()
+            write_checksums(bins[split].name, f"{folder}/{split}.crc")
             docs_digests[split] = save_documents(starts[split], counts[split], f"{folder}/{split}_docs.npy")
             os.remove(starts[split].name)
     for split in SPLITS:
@@ -277,6 +282,20 @@ def save_documents(records, n, path):
     return digest.hexdigest()
 
 
+def write_checksums(bin_path, crc_path):
+    """The CRC-32 of every PAGE bytes of a file, the last of which may be short, as little-endian uint32."""
+    with open(bin_path, "rb") as tokens, atomic_write(crc_path) as file:
+        while piece := tokens.read(PAGE * 256):
+            pages = [zlib.crc32(piece[i : i + PAGE]) for i in range(0, len(piece), PAGE)]
+            file.write(np.array(pages, dtype="<u4"))
+
+
+def checksum_of(meta):
+    """The sha256 of everything that meta.json says but the checksum."""
+    said = {key: value for key, value in meta.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def main():
     knobs = configure(Knobs, sys.argv[1:])
     tokenizer = get_tokenizer(knobs.tokenizer)
@@ -299,7 +318,7 @@ def main():
         **written,
     )
     with atomic_write(f"{folder}/meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode())
+        file.write(json.dumps(meta | {"checksum": checksum_of(meta)}, indent=1).encode())
     print(
         f"{folder}: ready for --dataset={knobs.name}"
         + (f" --data_dir={knobs.data_dir}" if knobs.data_dir != "data" else "")
@@ -326,26 +345,58 @@ def load_meta(folder):
         if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
             found = repr(meta.get(key)) if isinstance(meta, dict) else repr(meta)
             raise UserError(f"{path}: {key} = {found:.80}, expected {kind.__name__}; prepare the corpus again")
+    if meta["tokenizer"] not in ("gpt2", "bytes") or not all(isinstance(name, str) for name in meta["domains"]):
+        raise UserError(f"{path}: an unknown tokenizer, or domains that are no names; prepare the corpus again")
     for split in SPLITS:
         part = meta["splits"].get(split)
-        if not isinstance(part, dict) or not all(type(part.get(key)) is int for key in ("tokens", "documents")):
+        sizes = [part.get(key) for key in ("tokens", "documents")] if isinstance(part, dict) else [None]
+        if not all(type(size) is int and 0 <= size < 2**60 for size in sizes):
             raise UserError(
                 f"{path}: splits.{split} = {part!r:.80}, expected its tokens and documents; prepare it again"
             )
+    if meta.get("checksum") != checksum_of(meta):
+        raise UserError(f"{path}: damaged or edited by hand, its checksum differs; prepare the corpus again")
     return meta
 
 
 def open_split(folder, split, meta):
-    """
-    The tokens of a split: a read-only uint16 memmap. Raises UserError where the file is missing or of another
-    length.
-    """
+    """The Tokens of a split. Raises UserError where a file is missing or of another length."""
     path = os.path.join(folder, f"{split}.bin")
-    _check_size(path, 2 * meta["splits"][split]["tokens"])
-    data = np.memmap(path, dtype="<u2", mode="r")
-    if hasattr(mmap, "MADV_RANDOM"):  # a window here, a window there: reading ahead would read megabytes for each
-        data.base.madvise(mmap.MADV_RANDOM)
-    return data
+    size = 2 * meta["splits"][split]["tokens"]
+    _check_size(path, size)
+    _check_size(f"{path[:-4]}.crc", 4 * -(-size // PAGE))
+    return Tokens(path)
+
+
+class Tokens:
+    """
+    The uint16 tokens of a .bin, mapped and not read; what is read is compared with its checksums, so that a start takes
+    no time and no damaged token is used.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.bytes = np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.empty(0, np.uint8)
+        self.checksums = np.memmap(f"{path[:-4]}.crc", dtype="<u4", mode="r") if len(self.bytes) else None
+        if len(self.bytes) and hasattr(mmap, "MADV_RANDOM"):
+            # a window here, a window there: reading ahead would read megabytes for each
+            self.bytes.base.madvise(mmap.MADV_RANDOM)
+
+    def __len__(self):
+        return len(self.bytes) // 2
+
+    def windows(self, ids, block_size):
+        """
+        The tokens [i*T, i*T + T] of every window i in `ids`, (k,) -> (k, T + 1) uint16. Raises UserError where one of
+        them is damaged.
+        """
+        first = ids * (2 * block_size)  # in bytes
+        last = first + 2 * block_size + 1
+        for page in {page for a, b in zip(first // PAGE, last // PAGE, strict=True) for page in range(a, b + 1)}:
+            if zlib.crc32(self.bytes[page * PAGE : (page + 1) * PAGE]) != self.checksums[page]:
+                found = f"the bytes from {page * PAGE:,} on are damaged, they or their checksum in {self.path[:-4]}.crc"
+                raise UserError(f"{self.path}: {found}; prepare the corpus again with prepare_owt.py")
+        return self.bytes.view("<u2")[ids[:, None] * block_size + np.arange(block_size + 1)]
 
 
 def _check_size(path, expected):
@@ -362,11 +413,12 @@ def window_domains(folder, split, ids, block_size, meta):
     touch. Raises UserError where <split>_docs.npy does not fit meta.json.
     """
     path = os.path.join(folder, f"{split}_docs.npy")
-    n = meta["splits"][split]["documents"]
     try:
+        with open(path, "rb") as file:
+            fits = hashlib.file_digest(file, "sha256").hexdigest() == meta["splits"][split]["docs_sha256"]
         documents = np.load(path, mmap_mode="r", allow_pickle=False)
-        fits = documents.dtype == DOCUMENT and len(documents) == n
-    except (OSError, ValueError, EOFError):
+        fits &= documents.dtype == DOCUMENT and len(documents) == meta["splits"][split]["documents"]
+    except (OSError, ValueError, EOFError, KeyError):
         fits = False
     if not fits:
         raise UserError(f"{path}: missing, damaged or of another corpus; prepare the corpus again with prepare_owt.py")

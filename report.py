@@ -473,7 +473,7 @@ def extreme_windows(values, corpus, k=5):
     for side, chosen in zip(sides, (order[::-1][:k], order[:k]), strict=True):
         for i in chosen:
             sample_id, value, visits = (column[i].item() for column in values)
-            tokens = corpus["tokens"][sample_id * T : sample_id * T + T + 1].tolist()
+            tokens = corpus["tokens"].windows(np.array([sample_id]), T)[0].tolist()
             text, domain = printable(corpus["encoding"].decode_bytes(tokens)), corpus["domains"][corpus["domain"][i]]
             side.append(dict(id=sample_id, value=value, visits=visits, domain=domain, text=text))
     return sides

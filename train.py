@@ -10,17 +10,20 @@ Trains GPT-2 and, in the same backward pass, values every training sample (data_
     python train.py --help                                       # the knobs
 
 A run's folder, out_dir, gets config.json, metrics.jsonl, ckpt.pt, dot_prod/ and, when the run has ended, values.npz.
+SIGTERM ends a run after the step it is in, with a checkpoint.
 """
 
 import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -40,10 +43,10 @@ from data_value import (
     write_log,
     write_values,
 )
-from files import atomic_write
-from loader import TEST, VAL, WindowOrder, count_windows, get_batch, hash_of, training_order
+from files import atomic_write, load_torch, lock
+from loader import TEST, VAL, WindowOrder, count_windows, get_batch, hash_of, micro_batches, training_order
 from model import GPT, GPTConfig
-from prepare_owt import load_meta, open_split
+from prepare_owt import get_tokenizer, load_meta, open_split
 
 
 @dataclass
@@ -97,6 +100,7 @@ class Knobs:
     device: str = "cuda"  # 'cpu', 'cuda', 'cuda:1', 'mps'
     dtype: str = "bfloat16"  # autocast to bfloat16, or 'float32'
     compile: bool = True  # torch.compile the model
+    process_timeout: int = 600  # seconds after which processes that wait for a dead or hung one give up
 
     def __post_init__(self):
         def check(ok, message):
@@ -108,7 +112,13 @@ class Knobs:
                 check(value >= 0, f"--{key}={value}: must not be negative")
                 may_be_zero = type(value) is float or key in ("seed", "vocab_size", "warmup_iters", "lr_decay_iters")
                 check(value > 0 or may_be_zero, f"--{key}={value}: must be positive")
-        check(self.seed < 2**63, f"--seed={self.seed}: must be below 2**63")
+            elif type(value) is str:
+                check(value.isprintable(), f"--{key}={value!r}: has characters that cannot be printed")
+            limit = {"seed": 2**63, "vocab_size": 2**16 + 1, "n_layer": 10_000}.get(key, 2**31)
+            check(type(value) is not int or value < limit, f"--{key}={value}: must be below {limit:,}")
+        tokens = self.batch_size * self.block_size
+        check(tokens < 2**31, f"--batch_size={self.batch_size} windows of --block_size={self.block_size}: too many")
+        check(bool(self.out_dir), "--out_dir=: give the run a folder")
         for key in ("dropout", "drop_random", "beta1", "beta2"):
             check(getattr(self, key) < 1, f"--{key}={getattr(self, key)}: must be below 1")
         choices = dict(value_direction=("sgd", "adam"), filter_pool=("scored", "all"), optimizer=("adamw", "sgd"))
@@ -142,7 +152,12 @@ class Knobs:
 
 # what may change between the start of a run and its resumption, because the numbers do not depend on it
 FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
-FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name"}
+FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name", "process_timeout"}
+
+
+# what a checkpoint holds
+CHECKPOINT = ("model", "optimizer", "model_args", "iter_num", "position", "negative", "knobs", "fingerprint")
+CHECKPOINT += ("metrics_bytes",)
 
 
 def get_lr(it, knobs):
@@ -153,17 +168,6 @@ def get_lr(it, knobs):
         return knobs.learning_rate * (it + 1) / (knobs.warmup_iters + 1)
     ratio = min(1.0, (it - knobs.warmup_iters) / (knobs.lr_decay_iters - knobs.warmup_iters))
     return knobs.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (knobs.learning_rate - knobs.min_lr)
-
-
-def load_checkpoint(path, device):
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint; start the run with --init_from=scratch")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path}: not a checkpoint that can be read ({type(error).__name__}); delete it to start anew"
-        ) from error
 
 
 def make_model(knobs, vocab_size, checkpoint):
@@ -192,7 +196,7 @@ def make_model(knobs, vocab_size, checkpoint):
     return model
 
 
-def load_filter(knobs, fingerprint):
+def load_filter(knobs, fingerprint, n_windows):
     """
     (sample_id, value) of the run that the filter goes by, checked to speak of this run's windows; None without one.
     """
@@ -200,20 +204,25 @@ def load_filter(knobs, fingerprint):
         return None
     sample_id, value, _ = load_values(knobs.filter_from)
     path = os.path.join(knobs.filter_from, "config.json")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; --filter_from takes the folder of a run of train.py")
-    with open(path, encoding="utf-8") as file:
-        scored = json.load(file)
-    if scored["fingerprint"] != fingerprint:
-        theirs = scored["knobs"]["dataset"]
+    try:
+        with open(path, encoding="utf-8") as file:
+            scored = json.load(file)
+        theirs = scored["knobs"]["dataset"], scored["knobs"]["block_size"], scored["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        mend = "--filter_from takes the folder of a run of train.py"
+        raise UserError(f"{path}: missing or damaged ({type(error).__name__}); {mend}") from error
+    dataset, block_size, their_fingerprint = theirs
+    if their_fingerprint != fingerprint:
         raise UserError(
-            f"--filter_from={knobs.filter_from}: valued another corpus ('{theirs}') than --dataset={knobs.dataset}"
+            f"--filter_from={knobs.filter_from}: valued another corpus ('{dataset}') than --dataset={knobs.dataset}"
         )
-    if scored["knobs"]["block_size"] != knobs.block_size:
-        theirs = scored["knobs"]["block_size"]
+    if block_size != knobs.block_size:
         raise UserError(
-            f"--filter_from={knobs.filter_from}: valued windows of {theirs} tokens; use --block_size={theirs}"
+            f"--filter_from={knobs.filter_from}: valued windows of {block_size} tokens; use --block_size={block_size}"
         )
+    if sample_id.max(initial=0) >= n_windows:
+        mend = "resume its run, --init_from=resume, to write it again"
+        raise UserError(f"{knobs.filter_from}/values.npz: has windows that the corpus has not; {mend}")
     return sample_id, value
 
 
@@ -242,13 +251,27 @@ def describe(knobs, fingerprint, model, coverage):
     }
 
 
-def start_processes(knobs):
-    """This process's rank and the number of processes, (0, 1) without torchrun; sets knobs.device to this one's GPU."""
+@contextmanager
+def processes(knobs):
+    """
+    Yields this process's rank and the number of processes, (0, 1) without torchrun, and sets knobs.device to this one's
+    GPU. Raises UserError for a device that is not here, a batch that does not divide, and where another process is
+    lost: at once if its connections close, after process_timeout if it hangs.
+    """
     on_gpu = knobs.device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"--device={knobs.device}: no GPU is available here; use --device=cpu")
+    if on_gpu and "LOCAL_RANK" in os.environ:
+        knobs.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        known = torch.device(knobs.device).type in ("cpu", "cuda", "mps") and (not on_gpu or torch.cuda.is_available())
+        torch.empty(0, device=knobs.device)
+    except (RuntimeError, AssertionError):
+        known = False
+    if not known:
+        none = "no such GPU is available here" if on_gpu else "no such device here"
+        raise UserError(f"--device={knobs.device}: {none}; use --device=cpu")
     if "RANK" not in os.environ:
-        return 0, 1
+        yield 0, 1
+        return
     world, steps = int(os.environ["WORLD_SIZE"]), knobs.gradient_accumulation_steps
     if steps % world:
         below, above = steps // world * world, -(-steps // world) * world
@@ -256,10 +279,20 @@ def start_processes(knobs):
         mend = f"use {nearest}, and --batch_size to keep the product"
         raise UserError(f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
     if on_gpu:
-        knobs.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(knobs.device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    return dist.get_rank(), world
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
+    try:
+        yield dist.get_rank(), world
+    except RuntimeError as error:  # gloo's are no DistErrors
+        if not any(name in str(error) for name in ("gloo", "NCCL", "c10d")):
+            raise
+        lost = f"process {dist.get_rank()} of {world}: another one died or hung ({str(error).splitlines()[0]:.150})"
+        raise UserError(f"{lost}; {how_to_resume(knobs)}") from error
+    dist.destroy_process_group()
+
+
+def how_to_resume(knobs):
+    return f"go on from the last checkpoint in {knobs.out_dir} with the same command and --init_from=resume"
 
 
 def load_corpus(knobs):
@@ -280,8 +313,11 @@ def load_corpus(knobs):
 def open_checkpoint(knobs, ckpt_path, fingerprint):
     """The checkpoint that the run starts from, or None; raises UserError where it is not one of this very run's."""
     if knobs.init_from != "resume":
-        return load_checkpoint(knobs.init_from, knobs.device) if knobs.init_from.endswith(".pt") else None
-    checkpoint = load_checkpoint(ckpt_path, knobs.device)
+        weights = ("model", "model_args")
+        is_file = knobs.init_from.endswith(".pt")
+        return load_torch(knobs.init_from, weights, "give another --init_from", knobs.device) if is_file else None
+    mend = "start the run with --init_from=scratch, in another --out_dir if this one holds one"
+    checkpoint = load_torch(ckpt_path, CHECKPOINT, mend, knobs.device)
     if checkpoint.get("fingerprint") != fingerprint:
         mend = "choose another --out_dir or --dataset"
         raise UserError(f"{ckpt_path}: trained on another corpus than --dataset={knobs.dataset}; {mend}")
@@ -295,7 +331,12 @@ def open_checkpoint(knobs, ckpt_path, fingerprint):
 
 def main():
     knobs = configure(Knobs, sys.argv[1:])
-    rank, world = start_processes(knobs)
+    with processes(knobs) as (rank, world), ExitStack() as stack:
+        train(knobs, rank, world, stack)
+
+
+def train(knobs, rank, world, stack):
+    """The run of this process; `stack` closes its files and gives back the signal handler."""
     device_type = knobs.device.split(":")[0]
     resume = knobs.init_from == "resume"
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -303,7 +344,7 @@ def main():
 
     # the corpus and the orders in which its windows come
     meta, data, n_windows = load_corpus(knobs)
-    scored = load_filter(knobs, meta["fingerprint"])
+    scored = load_filter(knobs, meta["fingerprint"], n_windows["train"])
     filter_knobs = knobs.filter_negative, knobs.filter_pool, knobs.drop_random
     order, coverage = training_order(n_windows["train"], knobs.seed, *filter_knobs, scored)
     val_order = WindowOrder(n_windows["val"], knobs.seed, VAL)
@@ -314,14 +355,23 @@ def main():
     # the model and the optimiser
     ckpt_path = os.path.join(knobs.out_dir, "ckpt.pt")
     metrics_path = os.path.join(knobs.out_dir, "metrics.jsonl")
-    if not resume and (os.path.exists(ckpt_path) or os.path.exists(metrics_path)):
-        mend = "go on with --init_from=resume or choose another --out_dir"
-        raise UserError(f"{knobs.out_dir}: holds a run already; {mend}")
+    if rank == 0:
+        try:
+            os.makedirs(knobs.out_dir, exist_ok=True)
+            metrics_file = stack.enter_context(open(metrics_path, "ab", buffering=0))  # noqa: SIM115 (the stack's)
+        except OSError as error:
+            raise UserError(f"--out_dir={knobs.out_dir}: {metrics_path}: {error.strerror}") from error
+        lock(metrics_file, knobs.out_dir)
+        # Nothing is in the metrics before the first checkpoint: without either, a run was killed before it began.
+        begun = os.path.exists(ckpt_path) or os.path.getsize(metrics_path) or log_files(knobs.out_dir)
+        if begun and not resume:
+            mend = "go on with --init_from=resume or choose another --out_dir"
+            raise UserError(f"{knobs.out_dir}: holds a run already; {mend}")
     checkpoint = open_checkpoint(knobs, ckpt_path, meta["fingerprint"])
     torch.manual_seed(knobs.seed)
     model = make_model(knobs, meta["vocab_size"], checkpoint).to(knobs.device)
     betas = (knobs.beta1, knobs.beta2)
-    optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas, device_type)
+    optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas)
     params = list(model.parameters())
     iter_num, position = 0, 0
     negative = []  # the share of dot products below zero, for each iteration since the last printed line
@@ -333,7 +383,10 @@ def main():
     if world > 1:
         dist.barrier()  # all have seen the folder as it was
     if resume and rank == 0:  # what the interrupted run did after this checkpoint is about to happen again
-        os.truncate(metrics_path, checkpoint["metrics_bytes"])
+        found, said = os.path.getsize(metrics_path), checkpoint["metrics_bytes"]
+        if found < said:
+            raise UserError(f"{metrics_path}: truncated, {found:,} bytes of {said:,}; train anew in another --out_dir")
+        os.truncate(metrics_path, said)
         for n, path in log_files(knobs.out_dir).items():
             if n > iter_num:
                 os.remove(path)
@@ -349,11 +402,9 @@ def main():
     B = knobs.batch_size * knobs.gradient_accumulation_steps  # windows in an iteration
     micro_steps = knobs.gradient_accumulation_steps // world  # of this rank
     if rank == 0:
-        os.makedirs(knobs.out_dir, exist_ok=True)
         description = describe(knobs, meta["fingerprint"], model, coverage)
         with atomic_write(os.path.join(knobs.out_dir, "config.json")) as file:
             file.write(json.dumps(description, indent=1).encode())
-        metrics_file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
         if knobs.wandb_log:
             try:
                 import wandb
@@ -395,14 +446,49 @@ def main():
 
     def record(metrics, line):
         if rank == 0:
-            metrics_file.write(json.dumps(metrics) + "\n")
-            metrics_file.flush()
+            text = json.dumps(metrics).encode() + b"\n"
+            try:
+                whole = metrics_file.write(text) == len(text)
+            except OSError:
+                whole = False
+            if not whole:
+                raise UserError(f"{metrics_path}: no room for a line; make some, then {how_to_resume(knobs)}")
             tqdm.write(line)
             if knobs.wandb_log:
                 wandb.log(metrics)
 
+    def check_numbers():
+        """
+        Stop at the first step since the last check that had a number that is not finite. The optimiser has stood still
+        since, so that its windows can still be asked for their losses.
+        """
+        bad_iter, *numbers = bad.tolist()
+        if bad_iter < 0:
+            recent.clear()
+            return
+        names = "loss {:.4g}, gradient norm {:.4g}, sum of dot products {:.4g}".format(*numbers)
+        message = f"iteration {int(bad_iter)}: not every number is finite ({names})"
+        if rank == 0:
+            ids = recent[int(bad_iter)]
+            model.eval()
+            with torch.no_grad(), autocast:
+                losses = [model(*batch("train", ids[i : i + 1]))[1].item() for i in range(len(ids))]
+            worst = int(np.nan_to_num(losses, nan=np.inf).argmax())
+            tokens = data["train"].windows(ids[worst : worst + 1], knobs.block_size)[0].tolist()
+            text = get_tokenizer(meta["tokenizer"]).decode(tokens)
+            message += f"; its windows are {', '.join(map(str, ids))}; the worst of them, {ids[worst]} with a loss "
+            message += f"of {losses[worst]:.4g}, reads {text!r}"
+        stop_run(message)
+
+    def stop_run(message):
+        kept = f"; the last checkpoint in {knobs.out_dir} is whole" if os.path.exists(ckpt_path) else ""
+        raise UserError(f"{message}; nothing of this iteration is logged{kept}")
+
     def save():
         """A file of dot products, then the checkpoint, so that the log is never behind it."""
+        check_numbers()
+        if not torch.isfinite(torch.nn.utils.get_total_norm(params)):
+            stop_run(f"iteration {iter_num}: the parameters are not finite; lower --learning_rate={lr:g}")
         if entries:
             dots = torch.stack([entry["dot_product"] for entry in entries])  # (k, B / world)
             parts = [torch.empty_like(dots) for _ in range(world)] if rank == 0 else None
@@ -429,18 +515,39 @@ def main():
             with atomic_write(ckpt_path) as file:
                 torch.save(state, file)
 
+    # SIGTERM, a scheduler's warning, to any process ends all of them after the same step
+    terminated = torch.zeros(1, dtype=torch.int32)
+    previous = signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
+    stack.callback(signal.signal, signal.SIGTERM, previous)
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=knobs.process_timeout)) if world > 1 else None
+
     # training
     model.train()
+    lr = 0.0
     entries = []  # the dot products since the last checkpoint, left on the device
+    recent = {}  # iteration: its windows, since the last check of the numbers
+    # iteration, loss, gradient norm and sum of dot products of the first step where one of them is not finite; from
+    # then on the optimiser's kernels do nothing. All this stays on the device: no step waits for it.
+    bad = torch.full((4,), -1.0, device=knobs.device)
     clock, timed = time.perf_counter(), 0
     progress = tqdm(total=knobs.max_iters, initial=iter_num, unit="it", disable=None if rank == 0 else True)
     while True:
         last = iter_num == knobs.max_iters
         paused = time.perf_counter()
-        if last or iter_num % knobs.checkpoint_interval == 0:
+        if world > 1:
+            dist.all_reduce(terminated, dist.ReduceOp.MAX, group=control)
+        stopped = terminated.item() and not last
+        if last or stopped or iter_num % knobs.checkpoint_interval == 0:
             save()
+        if stopped:
+            progress.close()
+            if rank == 0:
+                print(f"SIGTERM: stopped after {iter_num} iterations; {how_to_resume(knobs)}")
+            return
         if last or iter_num % knobs.eval_interval == 0:
             test_loss = evaluate("test", test_ids)
+            if not math.isfinite(test_loss):
+                stop_run(f"iteration {iter_num}: the test loss is {test_loss}")
             record({"iter": iter_num, "test_loss": test_loss}, f"iter {iter_num}: test loss {test_loss:.4f}")
         if last:
             break
@@ -467,13 +574,14 @@ def main():
         # forward and backward; the gradient of alpha is the dot products
         ids, position = order.take(position, B)
         mean_loss, dots = 0.0, []
-        for step in range(rank * micro_steps, (rank + 1) * micro_steps):
-            x, y = batch("train", ids[step * knobs.batch_size : (step + 1) * knobs.batch_size])
+        micro = micro_batches(ids, knobs.batch_size, rank, world)
+        for step, micro_ids in micro:
+            x, y = batch("train", micro_ids)
             alpha = torch.zeros(knobs.batch_size, device=knobs.device, requires_grad=True) if knobs.score else None
             if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
                 torch.manual_seed(hash_of(knobs.seed, iter_num, step))
             if world > 1:
-                net.require_backward_grad_sync = step == (rank + 1) * micro_steps - 1
+                net.require_backward_grad_sync = step == micro[-1][0]
             with autocast:
                 loss = net(x, y, alpha)[1] / micro_steps
             loss.backward()
@@ -486,15 +594,23 @@ def main():
         clip = (knobs.grad_clip / (norm + 1e-6)).clamp(max=1.0) if knobs.grad_clip else torch.ones_like(norm)
         if knobs.grad_clip:
             torch._foreach_mul_([p.grad for p in params], clip)
+        if knobs.score:
+            dots = torch.cat(dots)
+        of_dots = dots.sum() if knobs.score else torch.zeros_like(norm)
+        numbers = torch.stack([torch.full_like(norm, iter_num), mean_loss, norm, of_dots])
+        not_finite = total((~numbers.isfinite().all()).float()) > 0  # on any process
+        bad = torch.where(not_finite & (bad[0] < 0), numbers, bad)
+        recent[iter_num] = ids
+        optimizer.found_inf = (bad[0] >= 0).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if knobs.score:
-            dots = torch.cat(dots)
             entries.append(dict(iter=iter_num, lr=lr, clip=clip, sample_id=ids, dot_product=dots))
             negative.append((dots < 0).float().mean())
         timed += 1
 
         if report:
+            check_numbers()
             metrics = {"iter": iter_num, "loss": total(mean_loss).item() / world, "lr": lr, "grad_norm": norm.item()}
             metrics["step_ms"] = (time.perf_counter() - clock) * 1000 / timed
             metrics["tokens_per_s"] = B * knobs.block_size / metrics["step_ms"] * 1000
@@ -521,8 +637,6 @@ def main():
         sample_id, value, visits = load_values(knobs.out_dir)
         share = f"{(value < 0).mean():.1%} of them negative"
         print(f"{knobs.out_dir}/values.npz: {len(sample_id):,} windows valued in {visits.sum():,} visits, {share}")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def average_over_ranks(gradient, loss, share):

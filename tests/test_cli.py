@@ -200,11 +200,12 @@ def test_a_token_id_beyond_the_vocabulary_is_named(home):
     tokens = np.fromfile("data/tiny/train.bin", dtype="<u2")
     tokens[:] = 60000
     tokens.tofile("data/tiny/train.bin")
+    prepare_owt.write_checksums("data/tiny/train.bin", "data/tiny/train.crc")
     refused(f"{TINY} --out_dir=out/x", "train.bin: token id 60000 in window .*vocab_size = 257")
 
 
 def test_the_out_dir_and_the_checkpoint_are_checked(home):
-    refused(f"{TINY} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: no such checkpoint")
+    refused(f"{TINY} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: no such file; start the run")
     call(train.main, f"{TINY} --out_dir=out/x")
     refused(f"{TINY} --out_dir=out/x", "out/x: holds a run already.*--init_from=resume")
     refused(f"{TINY} --out_dir=out/x --init_from=resume --n_embd=32", "n_embd = 16, not 32; resume with --n_embd=16")
@@ -212,10 +213,11 @@ def test_the_out_dir_and_the_checkpoint_are_checked(home):
     call(train.main, f"{TINY} --out_dir=out/y --init_from=out/x/ckpt.pt")  # the weights alone: another run
     meta = json.loads((home / "data/tiny/meta.json").read_text())
     meta["fingerprint"] = "0" * 64
+    meta["checksum"] = prepare_owt.checksum_of(meta)
     (home / "data/tiny/meta.json").write_text(json.dumps(meta))
     refused(f"{TINY} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: trained on another corpus")
     (home / "out/x/ckpt.pt").write_bytes(b"not a checkpoint")
-    refused(f"{TINY} --out_dir=out/x --init_from=resume", "ckpt.pt: not a checkpoint")
+    refused(f"{TINY} --out_dir=out/x --init_from=resume", "ckpt.pt: damaged, or not written by this script")
 
 
 def test_the_filter_s_source_is_checked(home, baseline):
@@ -235,7 +237,7 @@ def test_the_filter_s_source_is_checked(home, baseline):
 
 def test_no_gpu_no_wandb(home, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(f"{TINY} --device=cuda", "no GPU is available here; use --device=cpu")
+    refused(f"{TINY} --device=cuda", "no such GPU is available here; use --device=cpu")
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused(f"{TINY} --wandb_log=True --out_dir=out/w", "pip install wandb")
 

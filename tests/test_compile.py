@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compi
 
 def steps(model, net, buffers, n, B=4, m=2, T=16):
     """Losses, dots and graphs compiled so far, for n scored steps with an evaluation after each."""
-    optimizer = model.configure_optimizers("adamw", 0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = model.configure_optimizers("adamw", 0.1, 1e-3, (0.9, 0.95))
     results, graphs = [], []
     generator = torch.Generator().manual_seed(0)
     for _ in range(n):

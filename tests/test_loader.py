@@ -2,6 +2,7 @@
 
 import time
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader import TEST, TRAIN, VAL, WindowOrder, count_windows, get_batch, permute, training_order
-from prepare_owt import open_split
+from prepare_owt import PAGE, Tokens, open_split, write_checksums
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,8 +116,10 @@ def test_memory_does_not_follow_the_corpus():
 def test_a_batch_is_its_windows(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 50, 101).astype("<u2")
     tokens.tofile(tmp_path / "x.bin")
-    data = np.memmap(tmp_path / "x.bin", dtype="<u2", mode="r")
-    assert count_windows(data, 10) == 10 and count_windows(data[:100], 10) == 9 and count_windows(data[:0], 10) == 0
+    write_checksums(tmp_path / "x.bin", tmp_path / "x.crc")
+    data = Tokens(str(tmp_path / "x.bin"))
+    assert len(data) == 101
+    assert count_windows(data, 10) == 10 and count_windows(tokens[:100], 10) == 9 and count_windows([], 10) == 0
     x, y = get_batch(data, np.array([9, 0, 3]), 10, 50, "cpu")
     assert x.dtype == torch.int64 and x.shape == (3, 10)
     for row, i in enumerate((9, 0, 3)):
@@ -131,6 +134,10 @@ def test_a_billion_windows_on_a_sparse_file(tmp_path):
     n, T, B = 10**9, 128, 32
     with open(tmp_path / "train.bin", "wb") as file:
         file.truncate(2 * (n * T + 1))
+    with open(tmp_path / "train.crc", "wb") as file:
+        for _ in range(1000):
+            np.full(-(-2 * n * T // PAGE) // 1000, zlib.crc32(bytes(PAGE)), dtype="<u4").tofile(file)
+        np.array([zlib.crc32(bytes(2))], dtype="<u4").tofile(file)
     sample_id = np.arange(0, n, 1000)
     value = np.random.default_rng(0).normal(size=len(sample_id)) + 1
     tracemalloc.start()

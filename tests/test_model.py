@@ -71,7 +71,7 @@ def test_residual_projections_start_smaller():
 
 def test_only_matrices_decay():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
-    optimizer = model.configure_optimizers("adamw", 0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = model.configure_optimizers("adamw", 0.1, 1e-3, (0.9, 0.95))
     decayed, rest = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decayed["params"])
     assert rest["weight_decay"] == 0.0 and all(p.dim() == 1 for p in rest["params"])

@@ -43,13 +43,21 @@ def jsonl(tmp_path):
     return str(tmp_path / "texts.jsonl")
 
 
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def documents_of(folder):
     """{text: (split, domain)} as the files say, by the start of every document."""
     meta = load_meta(folder)
     tokenizer = get_tokenizer(meta["tokenizer"])
     found = {}
     for split in SPLITS:
-        tokens = open_split(folder, split, meta)
+        tokens = np.fromfile(f"{folder}/{split}.bin", dtype="<u2")
+        whole = open_split(folder, split, meta)
+        assert len(whole) == len(tokens)
+        assert np.array_equal(whole.windows(np.array([0]), len(tokens) - 1)[0], tokens)
         records = np.load(f"{folder}/{split}_docs.npy", allow_pickle=False)
         assert len(records) == meta["splits"][split]["documents"]
         ends = [*records["start"][1:], len(tokens)]
@@ -157,7 +165,8 @@ def test_a_window_has_the_domain_of_most_of_its_tokens(tmp_path_factory, lengths
     records = np.zeros(len(lengths), dtype=DOCUMENT)
     records["start"], records["domain"] = np.cumsum([0, *lengths[:-1]]), domains[: len(lengths)]
     np.save(f"{folder}/train_docs.npy", records)
-    meta = dict(domains=list("abcd"), splits=dict(train=dict(documents=len(lengths), tokens=sum(lengths))))
+    train = dict(documents=len(lengths), tokens=sum(lengths), docs_sha256=digest(f"{folder}/train_docs.npy"))
+    meta = dict(domains=list("abcd"), splits=dict(train=train))
     owner = np.repeat(records["domain"], lengths)
     ids = np.arange((sum(lengths) - 1) // T)
     expected = [np.bincount(owner[i * T : i * T + T + 1], minlength=4).argmax() for i in ids]
@@ -170,7 +179,8 @@ def test_the_memory_of_window_domains_follows_the_windows(tmp_path):
     records = np.zeros(n, dtype=DOCUMENT)
     records["start"], records["domain"] = np.arange(n) * 100, np.arange(n) % 100_000
     np.save(f"{tmp_path}/train_docs.npy", records)
-    meta = dict(domains=["d"] * 100_000, splits=dict(train=dict(documents=n, tokens=100 * n)))
+    train = dict(documents=n, tokens=100 * n, docs_sha256=digest(f"{tmp_path}/train_docs.npy"))
+    meta = dict(domains=["d"] * 100_000, splits=dict(train=train))
     ids = np.arange(0, 100 * n // T - 1, 5000)
     tracemalloc.start()
     found = window_domains(str(tmp_path), "train", ids, T, meta)
@@ -196,14 +206,14 @@ def test_a_killed_preparation_leaves_no_corpus(jsonl, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no whole corpus; make it with python prepare_owt.py"):
         load_meta(f"{tmp_path}/texts")
     prepare(monkeypatch, *flags)
-    files = sorted([f"{split}.bin" for split in SPLITS] + [f"{split}_docs.npy" for split in SPLITS] + ["meta.json"])
+    files = sorted([f"{split}{end}" for split in SPLITS for end in (".bin", ".crc", "_docs.npy")] + ["meta.json"])
     assert sorted(os.listdir(f"{tmp_path}/texts")) == files
     found = documents_of(f"{tmp_path}/texts")
     killed()  # before any file was replaced: the corpus that stood there is whole
     assert documents_of(f"{tmp_path}/texts") == found
 
 
-@pytest.mark.parametrize("last", ["train_docs.npy", "test_docs.npy", "train.bin", "val.bin", "meta.json"])
+@pytest.mark.parametrize("last", ["train_docs.npy", "test_docs.npy", "val.crc", "train.bin", "val.bin", "meta.json"])
 def test_a_preparation_that_ends_between_two_renames_leaves_no_corpus(last, jsonl, tmp_path, monkeypatch):
     flags = [f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
     prepare(monkeypatch, *flags)
@@ -239,8 +249,7 @@ def test_meta_has_the_digests_of_the_files(jsonl, tmp_path, monkeypatch):
     meta = load_meta(f"{tmp_path}/texts")
     for split in SPLITS:
         for name, key in ((f"{split}.bin", "sha256"), (f"{split}_docs.npy", "docs_sha256")):
-            with open(f"{tmp_path}/texts/{name}", "rb") as file:
-                assert hashlib.sha256(file.read()).hexdigest() == meta["splits"][split][key]
+            assert digest(f"{tmp_path}/texts/{name}") == meta["splits"][split][key]
 
 
 def test_the_side_of_a_document_follows_seed_and_index_alone(jsonl, tmp_path, monkeypatch):

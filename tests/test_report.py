@@ -12,6 +12,7 @@ import torch
 import report
 from configurator import UserError
 from data_value import write_values
+from prepare_owt import Tokens, write_checksums
 
 KNOBS = dict(
     init_from="scratch",
@@ -80,13 +81,14 @@ TEXT = [b"plain te", b"xt with ", b"$math$ \\", b"\n\ttab\x00\x07\xff", b"\xe4\x
 def corpus(monkeypatch):
     """A corpus of 40 windows of 8 bytes, two domains, that prepare_owt.py's functions are made to give."""
     text = b"".join(part.ljust(8)[:8] for part in TEXT) * 7
-    tokens = np.frombuffer(text[: 40 * 8 + 1], np.uint8).astype(np.uint16)
     os.makedirs("data/tiny")
+    np.frombuffer(text[: 40 * 8 + 1], np.uint8).astype("<u2").tofile("data/tiny/train.bin")
+    write_checksums("data/tiny/train.bin", "data/tiny/train.crc")
     meta = dict(fingerprint="abc", tokenizer="bytes", domains=["even", "odd"])
     ranks = {bytes([i]): i for i in range(256)}
     encoding = tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={})
     monkeypatch.setattr(report, "load_meta", lambda folder: meta)
-    monkeypatch.setattr(report, "open_split", lambda folder, split, meta: tokens)
+    monkeypatch.setattr(report, "open_split", lambda folder, split, meta: Tokens("data/tiny/train.bin"))
     monkeypatch.setattr(report, "window_domains", lambda folder, split, ids, block_size, meta: ids % 2)
     monkeypatch.setattr(report, "get_tokenizer", lambda name: encoding)
     return meta

@@ -70,7 +70,7 @@ def test_efficiency_the_values_add_up_to_the_realised_drop():
 def test_the_adam_direction_against_its_formula(steps):
     model = small_model()
     beta1, beta2, eps = 0.9, 0.95, 1e-8
-    optimizer = model.configure_optimizers("adamw", 0.1, 1e-2, (beta1, beta2), "cpu")
+    optimizer = model.configure_optimizers("adamw", 0.1, 1e-2, (beta1, beta2))
     second_moment = {p: torch.zeros_like(p) for p in model.parameters()}
     for _ in range(steps):
         x, y = structured(4)
