@@ -17,7 +17,7 @@ class UserError(SystemExit):
     """A mistake of the user's: uncaught, it ends the script with its message, one line on stderr, and status 1."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.split("\n")))
+        super().__init__(" ".join(message.splitlines()))
 
 
 def configure(knobs_class, argv):

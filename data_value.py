@@ -327,18 +327,18 @@ def set_direction(buffers, gradient, optimizer=None):
         return
     for group in optimizer.param_groups:
         beta2, eps, params = group["betas"][1], group["eps"], group["params"]
-        g, d = [gradient[p] for p in params], [buffers[p] for p in params]
-        state = [optimizer.state[p] for p in params if p in optimizer.state]
-        torch._foreach_zero_(d)
-        if state:
-            torch._foreach_add_(d, [s["exp_avg_sq"] for s in state], alpha=beta2)
-        step = state[0]["step"] + 1 if state else 1  # all parameters take every step
-        torch._foreach_addcmul_(d, g, g, value=1 - beta2)  # d = v', then P, then P * G, with no memory of its own
-        torch._foreach_mul_(d, 1 / (1 - beta2**step))
-        torch._foreach_sqrt_(d)
-        torch._foreach_add_(d, eps)
-        torch._foreach_reciprocal_(d)
-        torch._foreach_mul_(d, g)
+        states = [optimizer.state[p] for p in params if p in optimizer.state]
+        if states:  # all parameters take every step
+            correction = 1 - beta2 ** (states[0]["step"] + 1)
+        for i, p in enumerate(
+            params
+        ):  # in place, a parameter at a time: nothing new is allocated and some are in cache
+            g, d = gradient[p], buffers[p]
+            if states:
+                torch.mul(states[i]["exp_avg_sq"], beta2, out=d).addcmul_(g, g, value=1 - beta2).div_(correction)
+            else:
+                torch.mul(g, g, out=d)
+            torch.div(g, d.sqrt_().add_(eps), out=d)
 
 
 def dot_products(model, x, y, x_val, y_val):

@@ -345,7 +345,7 @@ def load_meta(folder):
         if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
             found = repr(meta.get(key)) if isinstance(meta, dict) else repr(meta)
             raise UserError(f"{path}: {key} = {found:.80}, expected {kind.__name__}; prepare the corpus again")
-    if meta["tokenizer"] not in ("gpt2", "bytes") or not all(isinstance(name, str) for name in meta["domains"]):
+    if meta["tokenizer"] not in ("gpt2", "bytes") or {type(name) for name in meta["domains"]} != {str}:
         raise UserError(f"{path}: an unknown tokenizer, or domains that are no names; prepare the corpus again")
     for split in SPLITS:
         part = meta["splits"].get(split)
@@ -416,11 +416,10 @@ def window_domains(folder, split, ids, block_size, meta):
     try:
         with open(path, "rb") as file:
             fits = hashlib.file_digest(file, "sha256").hexdigest() == meta["splits"][split]["docs_sha256"]
-        documents = np.load(path, mmap_mode="r", allow_pickle=False)
-        fits &= documents.dtype == DOCUMENT and len(documents) == meta["splits"][split]["documents"]
-    except (OSError, ValueError, EOFError, KeyError):
+    except (OSError, KeyError):
         fits = False
-    if not fits:
+    documents = np.load(path, mmap_mode="r", allow_pickle=False) if fits else []
+    if len(documents) != meta["splits"][split]["documents"] or documents.dtype != DOCUMENT:
         raise UserError(f"{path}: missing, damaged or of another corpus; prepare the corpus again with prepare_owt.py")
     ids = np.asarray(ids, dtype=np.int64)
     starts, n_domains = documents["start"], len(meta["domains"])
@@ -432,7 +431,12 @@ def window_domains(folder, split, ids, block_size, meta):
     end = (ids[window] + 1) * block_size + 1
     inner = document < last[window]  # it ends inside the window
     end[inner] = starts[document[inner] + 1]
-    pairs, where = np.unique(window * n_domains + documents["domain"][document], return_inverse=True)
+    domain = documents["domain"][document]
+    if domain.max(initial=0) >= n_domains:
+        raise UserError(
+            f"{path}: has domain {domain.max()}, meta.json has {n_domains} domains; prepare the corpus again"
+        )
+    pairs, where = np.unique(window * n_domains + domain, return_inverse=True)
     tokens = np.bincount(where, weights=end - begin)
     window, domain = np.divmod(pairs, n_domains)
     order = np.lexsort((-tokens, window))  # stable: of equals, the first domain

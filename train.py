@@ -114,8 +114,9 @@ class Knobs:
                 check(value > 0 or may_be_zero, f"--{key}={value}: must be positive")
             elif type(value) is str:
                 check(value.isprintable(), f"--{key}={value!r}: has characters that cannot be printed")
-            limit = {"seed": 2**63, "vocab_size": 2**16 + 1, "n_layer": 10_000}.get(key, 2**31)
-            check(type(value) is not int or value < limit, f"--{key}={value}: must be below {limit:,}")
+            limits = {"seed": 2**63, "vocab_size": 2**16 + 1, "n_layer": 10_000}
+            limit = limits.get(key, 1e30 if type(value) is float else 2**31)
+            check(type(value) in (bool, str) or value < limit, f"--{key}={value}: must be below {limit:,}")
         tokens = self.batch_size * self.block_size
         check(tokens < 2**31, f"--batch_size={self.batch_size} windows of --block_size={self.block_size}: too many")
         check(bool(self.out_dir), "--out_dir=: give the run a folder")
@@ -301,10 +302,15 @@ def load_corpus(knobs):
     meta = load_meta(folder)
     data = {split: open_split(folder, split, meta) for split in ("train", "val", "test")}
     n_windows = {split: count_windows(tokens, knobs.block_size) for split, tokens in data.items()}
-    needed = dict(train=1, val=knobs.val_batch_size if knobs.score else 0, test=1)
+    needed = dict(
+        train=knobs.batch_size * knobs.gradient_accumulation_steps,
+        val=knobs.val_batch_size if knobs.score else 0,
+        test=1,
+    )
     for split, n in n_windows.items():
         if n < needed[split]:
-            flag = "val_batch_size" if split == "val" else "block_size"
+            flags = dict(train="batch_size or --gradient_accumulation_steps", val="val_batch_size", test="block_size")
+            flag = flags[split if n else "test"]
             found = f"{len(data[split])} tokens make {n} windows of {knobs.block_size}, and {needed[split]} are needed"
             raise UserError(f"{folder}/{split}.bin: {found}; lower --{flag} or prepare a larger corpus")
     return meta, data, n_windows
@@ -369,7 +375,11 @@ def train(knobs, rank, world, stack):
             raise UserError(f"{knobs.out_dir}: holds a run already; {mend}")
     checkpoint = open_checkpoint(knobs, ckpt_path, meta["fingerprint"])
     torch.manual_seed(knobs.seed)
-    model = make_model(knobs, meta["vocab_size"], checkpoint).to(knobs.device)
+    try:
+        model = make_model(knobs, meta["vocab_size"], checkpoint).to(knobs.device)
+    except RuntimeError as error:
+        what = f"--n_layer={knobs.n_layer} --n_embd={knobs.n_embd} --init_from={knobs.init_from}"
+        raise UserError(f"{what}: there is no making this model here ({str(error).strip():.200})") from error
     betas = (knobs.beta1, knobs.beta2)
     optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas)
     params = list(model.parameters())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader import TEST, TRAIN, VAL, WindowOrder, count_windows, get_batch, permute, training_order
+from loader import TEST, TRAIN, VAL, WindowOrder, count_windows, get_batch, micro_batches, permute, training_order
 from prepare_owt import PAGE, Tokens, open_split, write_checksums
 
 
@@ -159,3 +159,35 @@ def test_a_billion_windows_on_a_sparse_file(tmp_path):
             times.append(time.perf_counter() - start)
         assert x.shape == (B, T) and not np.isin(ids, sample_id[value < 0]).any()
         print(f"\n{pool}: start-up {started:.2f} s, a batch of {B} x {T} {1000 * np.median(times):.2f} ms", end="")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(8, 200),
+    seed=st.integers(0, 2**63 - 1),
+    kept=st.integers(1, 100),
+    batch_size=st.integers(1, 5),
+    micro_steps=st.integers(1, 3),
+    cuts=st.lists(st.tuples(st.integers(1, 6), st.sampled_from([1, 2, 4])), min_size=1, max_size=5),
+)
+def test_ranks_share_every_batch_whatever_their_number_and_wherever_a_run_was_resumed(
+    n, seed, kept, batch_size, micro_steps, cuts
+):
+    """As train.py draws: in `cuts`, pieces of so many iterations on so many ranks, from where the last one ended."""
+    sample_id = np.sort(np.random.default_rng(kept).permutation(10 * n)[: max(1, n * kept // 100)])
+    value = np.where(sample_id % 3 == 0, -1.0, 1.0)
+    value[0] = 1.0
+    B, position, seen = batch_size * micro_steps * 4, 0, []
+    for iterations, world in cuts:
+        order, _ = training_order(10 * n, seed, True, "scored", 0.0, (sample_id, value))
+        for _ in range(iterations):
+            ids, position = order.take(position, B)
+            parts = [micro_batches(ids, batch_size, rank, world) for rank in range(world)]
+            assert {len(part) for part in parts} == {micro_steps * 4 // world}
+            flat = [pair for part in parts for pair in part]
+            assert [number for number, _ in flat] == list(range(micro_steps * 4))
+            assert np.array_equal(np.concatenate([part_ids for _, part_ids in flat]), ids)
+            seen.append(ids)
+    seen, eligible = np.concatenate(seen), sample_id[value >= 0]
+    for epoch in range(len(seen) // len(eligible)):
+        assert np.array_equal(np.sort(seen[epoch * len(eligible) :][: len(eligible)]), eligible)

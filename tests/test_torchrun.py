@@ -1,13 +1,17 @@
-"""One, two and four processes: the same batches, losses and values, to rounding."""
+"""One, two and four processes: the same batches, losses and values, to rounding, whatever ends one of them."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from test_cli import ROOT, TINY, call, corpus, home, metrics  # noqa: F401 (fixtures)
+from test_cli import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
+from test_reliability import resume, same_run
 
 import train
 from data_value import load_values, read_log
@@ -15,30 +19,51 @@ from data_value import load_values, read_log
 FLAGS = f"{TINY} --score=True --batch_size=1 --gradient_accumulation_steps=4 --eval_iters=10 --dropout=0.1"
 # three validation windows: with four processes, one has none. SGD: AdamW would blow up the rounding of zero gradients
 FLAGS += " --val_batch_size=3 --optimizer=sgd --weight_decay=0"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_torchrun(launch, flags, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), f"{ROOT}/train.py", *flags.split()]
+    return subprocess.Popen(command, **PIPES, env=ENVIRONMENT, **options)
 
 
 def torchrun(n, flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, f"{ROOT}/train.py", *flags.split()], capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    run = start_torchrun(f"--standalone --nproc_per_node={n}", flags)
+    out, err = run.communicate()
+    assert run.returncode == 0, err
+    return out
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_ranks(n, flags):
+    """The processes that torchrun would start, without the agent that ends all when one has died."""
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(n))
+    command = [sys.executable, f"{ROOT}/train.py", *flags.split()]
+    return [
+        subprocess.Popen(command, **PIPES, env=ENVIRONMENT | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(n)
+    ]
+
+
+def wait_for(path):
+    for _ in range(3000):
+        if os.path.exists(path):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not come")
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_number_of_processes_changes_nothing(home, n):  # noqa: F811
     call(train.main, f"{FLAGS} --out_dir=out/one")
     torchrun(n, f"{FLAGS} --out_dir=out/many")
-    one, many = read_log("out/one"), read_log("out/many")
-    assert np.array_equal(one["sample_id"], many["sample_id"])
-    np.testing.assert_allclose(many["value"], one["value"], rtol=1e-3, atol=1e-8)
-    for a, b in zip(metrics("out/one"), metrics("out/many"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-    states = [torch.load(f"out/{run}/ckpt.pt", weights_only=True)["model"] for run in ("one", "many")]
-    for key in states[0]:
-        torch.testing.assert_close(states[0][key], states[1][key], rtol=1e-4, atol=1e-6)
+    same_run("out/many", "out/one", exact=False)
 
     # a checkpoint of many processes goes on as one
     flags = f"{FLAGS} --lr_decay_iters=8 --max_iters=12"
@@ -46,6 +71,75 @@ def test_the_number_of_processes_changes_nothing(home, n):  # noqa: F811
     call(train.main, f"{flags} --out_dir=out/longer")
     for a, b in zip(load_values("out/many"), load_values("out/longer"), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-8)
+
+
+def test_a_model_of_two_ddp_buckets_scored_then_filtered_on_one_two_and_four_processes(home):  # noqa: F811
+    flags = FLAGS.replace("--n_embd=16 ", "--n_embd=768 ").replace("--dropout=0.1", "--max_iters=4")
+    call(train.main, f"{flags} --out_dir=out/base")
+    model = torch.load("out/base/ckpt.pt", weights_only=True)["model"]
+    assert sum(p.numel() for p in model.values()) * 4 > 2**20 + 25 * 2**20  # DDP's first bucket, and its others
+    sample_id, value, visits = load_values("out/base")
+    np.savez("out/base/values.npz", sample_id=sample_id, value=np.where(sample_id % 4, value, -1.0), visits=visits)
+    flags += " --filter_from=out/base --filter_negative=True"
+    call(train.main, f"{flags} --out_dir=out/1")
+    assert not (read_log("out/1")["sample_id"] % 4 == 0).any()
+    for n in (2, 4):
+        torchrun(n, f"{flags} --out_dir=out/{n}")
+        same_run(f"out/{n}", "out/1", exact=False)
+
+
+def test_killed_on_two_processes_and_resumed_on_four_and_on_one(home):  # noqa: F811
+    flags = f"{FLAGS} --max_iters=60"
+    ranks = start_ranks(2, f"{flags} --out_dir=out/x")
+    wait_for("out/x/dot_prod/dot_prod_log_iter_6.pt")
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    assert not os.path.exists("out/x/values.npz")
+    run = start_torchrun("--standalone --nproc_per_node=4", f"{flags} --out_dir=out/x --init_from=resume")
+    wait_for("out/x/dot_prod/dot_prod_log_iter_30.pt")
+    run.terminate()  # torchrun passes SIGTERM on
+    out, err = run.communicate()
+    assert "SIGTERM: stopped after" in out and not os.path.exists("out/x/values.npz"), err
+    call(train.main, f"{flags} --out_dir=out/x {resume('out/x')}")
+    call(train.main, f"{flags} --out_dir=out/whole")
+    same_run("out/x", "out/whole", exact=False)
+
+
+def test_sigterm_to_one_rank_ends_all_after_the_same_step(home):  # noqa: F811
+    ranks = start_ranks(2, f"{FLAGS} --max_iters=100000 --out_dir=out/x")
+    wait_for("out/x/dot_prod/dot_prod_log_iter_6.pt")
+    ranks[1].terminate()
+    outs = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outs
+    assert "SIGTERM: stopped after" in outs[0][0]
+
+
+@pytest.mark.parametrize("lost, how", [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_the_others_end_with_a_message_when_one_dies_or_hangs(home, lost, how):  # noqa: F811
+    ranks = start_ranks(2, f"{FLAGS} --max_iters=100000 --out_dir=out/x --process_timeout=4")
+    wait_for("out/x/dot_prod/dot_prod_log_iter_6.pt")
+    ranks[lost].send_signal(how)
+    survivor = ranks[1 - lost]
+    try:
+        _, err = survivor.communicate(timeout=60)
+    finally:
+        ranks[lost].kill()
+    ranks[lost].communicate()
+    assert survivor.returncode == 1
+    assert f"process {1 - lost} of 2: another one died or hung" in err and "--init_from=resume" in err
+    assert "Traceback" not in err
+    assert torch.load("out/x/ckpt.pt", weights_only=True)["iter_num"] >= 6
+
+
+def test_two_agents_meet_at_a_rendezvous(home):  # noqa: F811
+    launch = f"--nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free_port()} --rdzv_id=x"
+    agents = [start_torchrun(f"{launch} --local_addr=127.0.0.1", f"{FLAGS} --out_dir=out/two") for _ in range(2)]
+    for agent in agents:
+        _, err = agent.communicate()
+        assert agent.returncode == 0, err
+    call(train.main, f"{FLAGS} --out_dir=out/one")
+    same_run("out/two", "out/one", exact=False)
 
 
 def test_a_batch_that_does_not_divide_is_refused(home, monkeypatch):  # noqa: F811

@@ -1,0 +1,451 @@
+"""What a bad day does to a run: kills, full disks, damaged and hostile files, numbers gone bad, any input."""
+
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_cli import ROOT, TINY, call, corpus, home, metrics, refused  # noqa: F401 (fixtures)
+
+import prepare_owt
+import train
+from configurator import UserError
+from data_value import load_values, read_log
+from files import load_torch
+from model import GPT
+
+SCORED = f"{TINY} --score=True --val_batch_size=3 --value_direction=adam"
+
+
+def start(flags, before="pass", **options):
+    """train.py as a process of its own, after the Python statements `before`."""
+    script = f"import sys; sys.path.insert(0, {ROOT!r}); import train; {before}; train.main()"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-u", "-c", script, *flags.split()], **pipes, **options)
+
+
+def wait_for_training(run):
+    """Until it has printed what it will train."""
+    for line in run.stdout:
+        if "parameters on" in line:
+            return
+    raise AssertionError(run.stderr.read())
+
+
+def resume(out_dir):
+    return "--init_from=resume" if os.path.exists(f"{out_dir}/ckpt.pt") else ""
+
+
+def same_run(a, b, exact=True):
+    """Parameters, optimiser state, metrics without timings, log and values are the same, bit for bit or to rounding."""
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x == y if exact else x == pytest.approx(y, rel=1e-3, abs=1e-6)
+    logs, values = (read_log(a), read_log(b)), (load_values(a), load_values(b))
+    assert np.array_equal(logs[0]["sample_id"], logs[1]["sample_id"])
+    pairs = [*zip(logs[0].values(), logs[1].values(), strict=True), *zip(*values, strict=True)]
+    states = [torch.load(f"{run}/ckpt.pt", weights_only=True) for run in (a, b)]
+    pairs += [(states[0]["model"][key], states[1]["model"][key]) for key in states[0]["model"]]
+    optimizers = [state["optimizer"]["state"] for state in states]
+    pairs += [(optimizers[0][i][key], optimizers[1][i][key]) for i in optimizers[0] for key in optimizers[0][i]]
+    for x, y in pairs:
+        if exact:
+            assert np.array_equal(x, y)
+        else:
+            np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_it_had_not_been(home, kills):  # noqa: F811
+    flags = f"{SCORED} --dropout=0.1 --checkpoint_interval=2 --max_iters={60 * kills}"
+    call(train.main, f"{flags} --out_dir=out/whole")
+    moments, rng = [], random.Random(kills)
+    while len(moments) < kills:
+        run = start(f"{flags} --out_dir=out/killed {resume('out/killed')}")
+        wait_for_training(run)
+        time.sleep(rng.uniform(0, 0.3))
+        run.kill()
+        assert run.wait() == -signal.SIGKILL, run.stderr.read()
+        tmp = [name for _, _, names in os.walk("out/killed") for name in names if name.endswith(".tmp")]
+        moments.append("dot-product log" if "dot" in "".join(tmp) else "checkpoint" if tmp else "between")
+    print({where: moments.count(where) for where in sorted(set(moments))}, end=" ")
+    call(train.main, f"{flags} --out_dir=out/killed {resume('out/killed')}")
+    same_run("out/killed", "out/whole")
+
+
+# The moments of a run that write: config.json, the checkpoint at 0, log and checkpoint at 3, 6 and 8, values.npz.
+# A file is synced, renamed, its folder synced; metrics.jsonl is synced before each checkpoint.
+KILL_AT_SYSTEM_CALL = """
+import os, signal
+count = [0]
+def counted(call):
+    def wrapper(*arguments):
+        count[0] += 1
+        if count[0] == {n}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments)
+    return wrapper
+os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+"""
+CALLS = 31
+
+
+@pytest.mark.parametrize(
+    "n", [2, 5, 8, 13, CALLS - 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, CALLS + 1))]
+)
+def test_killed_at_every_sync_and_rename(home, n):  # noqa: F811
+    call(train.main, f"{SCORED} --out_dir=out/whole")
+    before = f"exec({KILL_AT_SYSTEM_CALL.format(n=n)!r})"
+    run = start(f"{SCORED} --out_dir=out/killed", before)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL
+    call(train.main, f"{SCORED} --out_dir=out/killed {resume('out/killed')}")
+    same_run("out/killed", "out/whole")
+
+
+def test_there_are_as_many_syncs_and_renames_as_the_test_above_believes(home, monkeypatch):  # noqa: F811
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, original=original: (calls.append(1), original(*a))[1])
+    call(train.main, f"{SCORED} --out_dir=out/x")
+    assert len(calls) == CALLS
+
+
+def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(home):  # noqa: F811
+    flags = f"{SCORED} --max_iters=400 --checkpoint_interval=1000"
+    run = start(f"{flags} --out_dir=out/stopped")
+    wait_for_training(run)
+    time.sleep(0.2)
+    run.terminate()
+    out, err = run.communicate()
+    assert run.returncode == 0, err
+    assert "SIGTERM: stopped after" in out and "--init_from=resume" in out
+    assert 0 < torch.load("out/stopped/ckpt.pt", weights_only=True)["iter_num"] < 400
+    call(train.main, f"{flags} --out_dir=out/stopped --init_from=resume")
+    call(train.main, f"{flags} --out_dir=out/whole")
+    same_run("out/stopped", "out/whole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks and files
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 700 KB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(path)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield str(path)
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(home, small_disk):  # noqa: F811
+    flags = f"{SCORED} --max_iters=200 --out_dir={small_disk}/run"
+    with pytest.raises(SystemExit, match="could not be written .No space left on device.|no room for a line"):
+        call(train.main, f"{flags} --checkpoint_interval=1 --n_embd=32")
+    checkpoint = load_torch(f"{small_disk}/run/ckpt.pt", train.CHECKPOINT, "")
+    assert checkpoint["iter_num"] >= 1
+    shutil.copytree(f"{small_disk}/run", "out/run")  # onto a larger disk
+    flags = f"{SCORED} --max_iters=200 --n_embd=32 --out_dir=out"
+    call(train.main, f"{flags}/run --init_from=resume")
+    call(train.main, f"{flags}/whole")
+    same_run("out/run", "out/whole")
+
+
+def test_a_limit_on_file_sizes_leaves_the_last_checkpoint(home):  # noqa: F811
+    call(train.main, f"{SCORED} --out_dir=out/x --lr_decay_iters=16")
+    with open("out/x/ckpt.pt", "rb") as file:
+        before = file.read()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+    try:
+        refused(f"{SCORED} --out_dir=out/x --lr_decay_iters=16 --max_iters=16 --init_from=resume", "ckpt.pt: could not")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with open("out/x/ckpt.pt", "rb") as file:
+        assert file.read() == before
+    assert not os.path.exists("out/x/ckpt.pt.tmp")
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):  # noqa: F811
+    """A scored run and its corpus, in a folder that no test changes."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(corpus / "data", folder / "data")
+    call(train.main, f"{SCORED} --data_dir={folder}/data --out_dir={folder}/run")
+    return folder
+
+
+def read_docs(folder):
+    meta = prepare_owt.load_meta(f"{folder}/data/tiny")
+    return prepare_owt.window_domains(f"{folder}/data/tiny", "train", np.arange(9), 16, meta)
+
+
+def read_tokens(folder):
+    tokens = prepare_owt.open_split(f"{folder}/data/tiny", "train", prepare_owt.load_meta(f"{folder}/data/tiny"))
+    return tokens.windows(np.array([0]), len(tokens) - 1)
+
+
+READERS = {
+    "run/ckpt.pt": lambda folder: load_torch(f"{folder}/run/ckpt.pt", train.CHECKPOINT, "mend it"),
+    "run/dot_prod/dot_prod_log_iter_6.pt": lambda folder: read_log(f"{folder}/run"),
+    "run/values.npz": lambda folder: load_values(f"{folder}/run"),
+    "data/tiny/train.bin": read_tokens,
+    "data/tiny/train.crc": read_tokens,
+    "data/tiny/train_docs.npy": read_docs,
+    "data/tiny/meta.json": lambda folder: prepare_owt.load_meta(f"{folder}/data/tiny"),
+}
+
+
+def equal(a, b):
+    """Of nested dicts, lists, arrays and numbers."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool((np.asarray(a) == np.asarray(b)).all())
+
+
+@pytest.mark.parametrize("name", READERS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_named_or_says_the_same(finished, name, data):
+    """Only bits that nothing reads (time stamps and paddings in a zip) may change without being noticed."""
+    path, whole = finished / name, READERS[name](finished)
+    content = path.read_bytes()
+    how = data.draw(st.sampled_from(["flip", "truncate", "foreign"]))
+    if how == "flip":
+        damaged = bytearray(content)
+        damaged[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    elif how == "truncate":
+        damaged = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        damaged = data.draw(st.binary(max_size=300))
+    path.write_bytes(damaged)
+    try:
+        assert equal(READERS[name](finished), whole) and how == "flip" and name.endswith((".pt", ".npz"))
+    except UserError as error:
+        assert os.path.basename(name).replace(".crc", "") in str(error)
+        assert "\n" not in str(error)
+    finally:
+        path.write_bytes(content)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_a_malicious_pickle_is_refused(home, finished):  # noqa: F811
+    shutil.copytree(finished / "run", "out/x")
+    evil = dict.fromkeys([*train.CHECKPOINT, "iter", "lr", "clip", "sample_id", "dot_product"], Evil())
+    torch.save(evil, "out/x/ckpt.pt")
+    refused(f"{SCORED} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: damaged, or not written by this script")
+    refused(f"{SCORED} --out_dir=out/y --init_from=out/x/ckpt.pt", "out/x/ckpt.pt: damaged, or not written")
+    for content in (pickle.dumps(Evil()), b"\x80\x02cposix\nmkdir\nX\x05\0\0\0owned\x85R."):
+        with open("out/x/ckpt.pt", "wb") as file:
+            file.write(content)
+        refused(f"{SCORED} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: damaged, or not written")
+    torch.save(evil, "out/x/dot_prod/dot_prod_log_iter_8.pt")
+    with pytest.raises(UserError, match="dot_prod_log_iter_8.pt: damaged"):
+        read_log("out/x")
+    np.savez("out/x/values.npz", sample_id=np.array([Evil()], dtype=object))
+    with pytest.raises(UserError, match="values.npz: damaged"):
+        load_values("out/x")
+    documents = np.array([Evil()], dtype=object)
+    np.save("data/tiny/train_docs.npy", documents)
+    with pytest.raises(UserError, match="train_docs.npy"):
+        read_docs(".")
+    assert not os.path.exists("owned")
+
+
+def test_files_that_do_not_belong_together_are_refused(home, finished):  # noqa: F811
+    shutil.copytree(finished / "run", "out/x")
+    torch.save({"model": {}, "model_args": {}, "iter_num": 3}, "out/x/ckpt.pt")  # as nanoGPT's
+    refused(f"{SCORED} --out_dir=out/x --init_from=resume", "ckpt.pt: not written by this script, it has no optimizer")
+    torch.save(torch.zeros(3), "out/x/ckpt.pt")
+    refused(f"{SCORED} --out_dir=out/x --init_from=resume", "a Tensor, not a dict")
+    shutil.copy(finished / "run/ckpt.pt", "out/x/ckpt.pt")
+    os.truncate("out/x/metrics.jsonl", 10)
+    refused(f"{SCORED} --out_dir=out/x --init_from=resume", "metrics.jsonl: truncated, 10 bytes of")
+    with open("out/x/config.json", "w", encoding="utf-8") as file:
+        file.write('{"knobs": 3}')
+    refused(f"{SCORED} --filter_from=out/x --out_dir=out/y", "out/x/config.json: missing or damaged")
+    shutil.copy(finished / "run/config.json", "out/x/config.json")
+    np.savez("out/x/values.npz", sample_id=np.array([10**6]), value=np.ones(1), visits=np.ones(1, dtype=np.int64))
+    refused(f"{SCORED} --filter_from=out/x --out_dir=out/y", "out/x/values.npz: has windows that the corpus has not")
+    log = torch.load("out/x/dot_prod/dot_prod_log_iter_8.pt", weights_only=True)
+    log["dot_product"] = log["dot_product"][:, :2]
+    torch.save(log, "out/x/dot_prod/dot_prod_log_iter_8.pt")
+    with pytest.raises(UserError, match="dot_prod_log_iter_8.pt: not a dot-product log"):
+        read_log("out/x")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(home):  # noqa: F811
+    run = start(f"{SCORED} --out_dir=out/x --max_iters=100000")
+    wait_for_training(run)
+    refused(f"{SCORED} --out_dir=out/x --max_iters=100000", "out/x: a run is writing there now")
+    refused(f"{SCORED} --out_dir=out/x --max_iters=100000 --init_from=resume", "out/x: a run is writing there now")
+    while not os.path.exists("out/x/ckpt.pt"):
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    iterations = torch.load("out/x/ckpt.pt", weights_only=True)["iter_num"]
+    call(
+        train.main, f"{SCORED} --out_dir=out/x --max_iters={iterations + 4} --lr_decay_iters=100000 --init_from=resume"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers gone bad
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_loss_that_is_not_finite_names_its_window(home, monkeypatch, scored):  # noqa: F811
+    tokens = np.fromfile("data/tiny/train.bin", dtype="<u2")
+    forward, poison = GPT.forward, torch.from_numpy(tokens[: 16 * 600].reshape(-1, 16).astype(np.int64))
+    flags = f"{TINY} --score={scored} --out_dir=out/x"
+    call(train.main, f"{flags} --max_iters=30 --lr_decay_iters=60")
+    ids, _ = train.training_order((len(tokens) - 1) // 16, 1337, False, "scored", 0.0)[0].take(4 * 40, 4)
+    bad = int(ids[2])  # of iteration 40
+
+    def poisoned(self, idx, targets=None, alpha=None):
+        logits, loss = forward(self, idx, targets, alpha)
+        hit = (idx == poison[bad]).all(1).any()
+        return logits, loss * torch.where(hit & (targets is not None), torch.nan, 1.0)
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    resumed = f"{flags} --max_iters=60 --lr_decay_iters=60 --log_interval=7 --init_from=resume"
+    with pytest.raises(SystemExit) as error:
+        call(train.main, resumed)
+    message = str(error.value)
+    text = prepare_owt.get_tokenizer("bytes").decode(tokens[bad * 16 : bad * 16 + 17].tolist())
+    assert "iteration 40: not every number is finite (loss nan, gradient norm nan" in message
+    assert f"its windows are {', '.join(map(str, ids))}; the worst of them, {bad} with a loss of nan" in message
+    assert repr(text) in message and "\n" not in message
+    checkpoint = torch.load("out/x/ckpt.pt", weights_only=True)
+    assert checkpoint["iter_num"] == 39 and all(p.isfinite().all() for p in checkpoint["model"].values())
+    assert max(line["iter"] for line in metrics("out/x") if "loss" in line) <= 39
+    if scored:
+        assert read_log("out/x")["iter"][-1] == 38
+    monkeypatch.setattr(GPT, "forward", forward)
+    call(train.main, resumed)  # the checkpoint is good
+
+
+def test_parameters_that_overflow_are_not_saved(home):  # noqa: F811
+    flags = f"{TINY} --optimizer=sgd --grad_clip=0 --learning_rate=1e29 --min_lr=0 --checkpoint_interval=1"
+    refused(f"{flags} --out_dir=out/x", "not finite|not every number is finite")
+    checkpoint = torch.load("out/x/ckpt.pt", weights_only=True)
+    assert all(p.isfinite().all() for p in checkpoint["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fuzzed input
+
+KNOBS = sorted(set(vars(train.Knobs())) - {"compile", "max_iters"})  # a minute to compile; a run that never ends
+characters = st.characters(exclude_categories=["Cs"], exclude_characters="/.\0")
+values = st.one_of(st.text(characters, max_size=8), st.integers(-3, 300).map(str), st.floats().map(str))
+WORDS = ["True", "False", "adam", "sgd", "all", "resume", "scratch", "cpu", "cuda:77", "meta", "float16", "tiny"]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(knob=st.sampled_from(KNOBS), value=st.one_of(values, st.sampled_from(WORDS)))
+def test_any_knob_gives_a_run_or_one_line(home, knob, value):  # noqa: F811
+    shutil.rmtree("out", ignore_errors=True)
+    argv = [*TINY.split(), "--max_iters=2", "--warmup_iters=0", "--score=True", "--val_batch_size=2", "--out_dir=out/x"]
+    old, sys.argv = sys.argv, ["train.py", *argv, f"--{knob}={value}"]
+    try:
+        train.main()
+    except SystemExit as error:
+        message = str(error)
+        assert len(message.splitlines()) == 1 and len(message) > 10, message
+        assert knob in message or value in message or "warmup_iters" in message or "finite" in message, message
+    finally:
+        sys.argv = old
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_meta_json_is_taken_or_refused_in_one_line(finished, data):
+    """A value anywhere in it is replaced, and the checksum made to fit."""
+    folder = f"{finished}/data/tiny"
+    with open(f"{folder}/meta.json", encoding="utf-8") as file:
+        content = file.read()
+    meta = json.loads(content)
+    key = data.draw(st.sampled_from([*meta, *("tokens", "documents", "docs_sha256")]))
+    target = meta if key in meta else meta["splits"]["train"]
+    target[key] = data.draw(json_values)
+    if key != "checksum":
+        meta["checksum"] = prepare_owt.checksum_of(meta)
+    try:
+        with open(f"{folder}/meta.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps(meta))
+        tokens = prepare_owt.open_split(folder, "train", prepare_owt.load_meta(folder))
+        assert tokens.windows(np.array([1]), 16).shape == (1, 17)
+        prepare_owt.window_domains(folder, "train", np.array([1]), 16, meta)
+    except UserError as error:
+        assert "tiny" in str(error) and "\n" not in str(error)
+    finally:
+        with open(f"{folder}/meta.json", "w", encoding="utf-8") as file:
+            file.write(content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Long runs
+
+
+@pytest.mark.slow
+def test_a_long_run_is_flat(home, capsys):  # noqa: F811
+    """20,000 steps with scores, evaluations and checkpoints: memory does not grow and the log is as predicted."""
+    flags = SCORED.replace("--warmup_iters=2", "--warmup_iters=100").replace("--learning_rate=1e-2", "")
+    run = start(
+        f"{flags} --max_iters=20000 --eval_interval=200 --checkpoint_interval=500 --log_interval=100 --out_dir=out/x"
+    )
+    page, resident = resource.getpagesize(), []
+    wait_for_training(run)
+    while run.poll() is None:
+        try:
+            with open(f"/proc/{run.pid}/statm", encoding="ascii") as file:
+                resident.append((time.monotonic(), int(file.read().split()[1]) * page / 2**20))
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            break
+        time.sleep(0.5)
+    out, err = run.communicate()
+    assert run.returncode == 0, err
+    when, megabytes = np.array(resident[len(resident) // 4 : -1]).T  # the first quarter fills caches
+    slope = np.polyfit((when - when[0]) / (when[-1] - when[0]), megabytes, 1)[0]
+    with open("out/x/metrics.jsonl", encoding="utf-8") as file:
+        ms = np.array([line["step_ms"] for line in map(json.loads, file) if "step_ms" in line][1:])
+    halves = np.median(ms[len(ms) // 2 :]) / np.median(ms[: len(ms) // 2])
+    size = sum(os.path.getsize(f"out/x/dot_prod/{name}") for name in os.listdir("out/x/dot_prod"))
+    predicted = 20000 * (8 + 8 + 8 + 4 * (8 + 4)) + 40 * 3000  # bytes of the tensors, and of 40 files' headers
+    with capsys.disabled():
+        print(f"\n20,000 steps: {slope:+.1f} MB over the last three quarters of the run at {megabytes.mean():.0f} MB;")
+        print(f"log {size:,} bytes, predicted {predicted:,}; median step of the second half / the first {halves:.3f}")
+    assert abs(slope) < 10 and predicted * 0.9 < size < predicted * 1.1
+    assert len(read_log("out/x")["iter"]) == 20000
