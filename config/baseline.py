@@ -29,6 +29,7 @@ max_iters = 20000
 learning_rate = 6e-4
 min_lr = 6e-5
 warmup_iters = 2000
+lr_decay_iters = 20000  # the schedule stays when --max_iters is less, for a first look
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95

@@ -34,6 +34,7 @@ max_iters = 10000
 
 # "the same hyperparameters", but the cosine ends with the run; with --lr_decay_iters=20000 it would be the baseline's
 # first half
+lr_decay_iters = 10000
 learning_rate = 6e-4
 min_lr = 6e-5
 warmup_iters = 2000
