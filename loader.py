@@ -7,10 +7,14 @@ permutation computes on the fly, so that memory does not grow with the corpus an
 its position.
 """
 
+import json
+import os
+
 import numpy as np
 import torch
 
 from configurator import UserError
+from data_value import load_values
 
 TRAIN, VAL, TEST, DROP = range(4)  # streams: sequences that know nothing of each other
 
@@ -128,6 +132,36 @@ def get_batch(data, ids, block_size, vocab_size, device):
     if torch.device(device).type == "cuda":
         windows = windows.pin_memory().to(device, non_blocking=True)
     return windows[:, :-1], windows[:, 1:]
+
+
+def load_filter(knobs, fingerprint, n_windows):
+    """
+    (sample_id, value) of the run that the filter goes by, checked to speak of this run's windows; None without one.
+    """
+    if not knobs.filter_from:
+        return None
+    sample_id, value, _ = load_values(knobs.filter_from)
+    path = os.path.join(knobs.filter_from, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            scored = json.load(file)
+        theirs = scored["knobs"]["dataset"], scored["knobs"]["block_size"], scored["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        mend = "--filter_from takes the folder of a run of train.py"
+        raise UserError(f"{path}: missing or damaged ({type(error).__name__}); {mend}") from error
+    dataset, block_size, their_fingerprint = theirs
+    if their_fingerprint != fingerprint:
+        raise UserError(
+            f"--filter_from={knobs.filter_from}: valued another corpus ('{dataset}') than --dataset={knobs.dataset}"
+        )
+    if block_size != knobs.block_size:
+        raise UserError(
+            f"--filter_from={knobs.filter_from}: valued windows of {block_size} tokens; use --block_size={block_size}"
+        )
+    if sample_id.max(initial=0) >= n_windows:
+        mend = "resume its run, --init_from=resume, to write it again"
+        raise UserError(f"{knobs.filter_from}/values.npz: has windows that the corpus has not; {mend}")
+    return sample_id, value
 
 
 def training_order(n_windows, seed, filter_negative, filter_pool, drop_random, scored=None):

@@ -17,13 +17,11 @@ import json
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -44,9 +42,10 @@ from data_value import (
     write_values,
 )
 from files import atomic_write, load_torch, lock
-from loader import TEST, VAL, WindowOrder, count_windows, get_batch, hash_of, micro_batches, training_order
+from loader import TEST, VAL, WindowOrder, count_windows, get_batch, hash_of, load_filter, micro_batches, training_order
 from model import GPT, GPTConfig
 from prepare_owt import get_tokenizer, load_meta, open_split
+from processes import average_over_ranks, how_to_resume, processes, watch_sigterm
 
 
 @dataclass
@@ -197,36 +196,6 @@ def make_model(knobs, vocab_size, checkpoint):
     return model
 
 
-def load_filter(knobs, fingerprint, n_windows):
-    """
-    (sample_id, value) of the run that the filter goes by, checked to speak of this run's windows; None without one.
-    """
-    if not knobs.filter_from:
-        return None
-    sample_id, value, _ = load_values(knobs.filter_from)
-    path = os.path.join(knobs.filter_from, "config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            scored = json.load(file)
-        theirs = scored["knobs"]["dataset"], scored["knobs"]["block_size"], scored["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        mend = "--filter_from takes the folder of a run of train.py"
-        raise UserError(f"{path}: missing or damaged ({type(error).__name__}); {mend}") from error
-    dataset, block_size, their_fingerprint = theirs
-    if their_fingerprint != fingerprint:
-        raise UserError(
-            f"--filter_from={knobs.filter_from}: valued another corpus ('{dataset}') than --dataset={knobs.dataset}"
-        )
-    if block_size != knobs.block_size:
-        raise UserError(
-            f"--filter_from={knobs.filter_from}: valued windows of {block_size} tokens; use --block_size={block_size}"
-        )
-    if sample_id.max(initial=0) >= n_windows:
-        mend = "resume its run, --init_from=resume, to write it again"
-        raise UserError(f"{knobs.filter_from}/values.npz: has windows that the corpus has not; {mend}")
-    return sample_id, value
-
-
 def describe(knobs, fingerprint, model, coverage):
     """What config.json says of a run: everything that it takes to repeat it."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
@@ -250,50 +219,6 @@ def describe(knobs, fingerprint, model, coverage):
             "threads": torch.get_num_threads(),
         },
     }
-
-
-@contextmanager
-def processes(knobs):
-    """
-    Yields this process's rank and the number of processes, (0, 1) without torchrun, and sets knobs.device to this one's
-    GPU. Raises UserError for a device that is not here, a batch that does not divide, and where another process is
-    lost: at once if its connections close, after process_timeout if it hangs.
-    """
-    on_gpu = knobs.device.startswith("cuda")
-    if on_gpu and "LOCAL_RANK" in os.environ:
-        knobs.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        known = torch.device(knobs.device).type in ("cpu", "cuda", "mps") and (not on_gpu or torch.cuda.is_available())
-        torch.empty(0, device=knobs.device)
-    except (RuntimeError, AssertionError):
-        known = False
-    if not known:
-        none = "no such GPU is available here" if on_gpu else "no such device here"
-        raise UserError(f"--device={knobs.device}: {none}; use --device=cpu")
-    if "RANK" not in os.environ:
-        yield 0, 1
-        return
-    world, steps = int(os.environ["WORLD_SIZE"]), knobs.gradient_accumulation_steps
-    if steps % world:
-        below, above = steps // world * world, -(-steps // world) * world
-        nearest = f"{below} or {above}" if below else f"{above}"
-        mend = f"use {nearest}, and --batch_size to keep the product"
-        raise UserError(f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
-    if on_gpu:
-        torch.cuda.set_device(knobs.device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
-    try:
-        yield dist.get_rank(), world
-    except RuntimeError as error:  # gloo's are no DistErrors
-        if not any(name in str(error) for name in ("gloo", "NCCL", "c10d")):
-            raise
-        lost = f"process {dist.get_rank()} of {world}: another one died or hung ({str(error).splitlines()[0]:.150})"
-        raise UserError(f"{lost}; {how_to_resume(knobs)}") from error
-    dist.destroy_process_group()
-
-
-def how_to_resume(knobs):
-    return f"go on from the last checkpoint in {knobs.out_dir} with the same command and --init_from=resume"
 
 
 def load_corpus(knobs):
@@ -525,11 +450,7 @@ def train(knobs, rank, world, stack):
             with atomic_write(ckpt_path) as file:
                 torch.save(state, file)
 
-    # SIGTERM, a scheduler's warning, to any process ends all of them after the same step
-    terminated = torch.zeros(1, dtype=torch.int32)
-    previous = signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
-    stack.callback(signal.signal, signal.SIGTERM, previous)
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=knobs.process_timeout)) if world > 1 else None
+    terminated = watch_sigterm(stack, world, knobs)
 
     # training
     model.train()
@@ -544,9 +465,7 @@ def train(knobs, rank, world, stack):
     while True:
         last = iter_num == knobs.max_iters
         paused = time.perf_counter()
-        if world > 1:
-            dist.all_reduce(terminated, dist.ReduceOp.MAX, group=control)
-        stopped = terminated.item() and not last
+        stopped = terminated() and not last
         if last or stopped or iter_num % knobs.checkpoint_interval == 0:
             save()
         if stopped:
@@ -647,15 +566,6 @@ def train(knobs, rank, world, stack):
         sample_id, value, visits = load_values(knobs.out_dir)
         share = f"{(value < 0).mean():.1%} of them negative"
         print(f"{knobs.out_dir}/values.npz: {len(sample_id):,} windows valued in {visits.sum():,} visits, {share}")
-
-
-def average_over_ranks(gradient, loss, share):
-    """Turn each rank's validation gradient and loss, of its `share` of the windows, into those of all, in place."""
-    flat = torch.cat([g.flatten() for g in gradient.values()] + [loss[None]]).mul_(share)
-    dist.all_reduce(flat)
-    parts = flat.split([g.numel() for g in gradient.values()] + [1])
-    for g, part in zip([*gradient.values(), loss], parts, strict=True):
-        g.copy_(part.view_as(g))
 
 
 def print_coverage(coverage, knobs):

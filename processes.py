@@ -1,0 +1,83 @@
+"""The processes of a run: torchrun's, one for every GPU, or a single one; what they share, and how they end."""
+
+import os
+import signal
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+
+@contextmanager
+def processes(knobs):
+    """
+    Yields this process's rank and the number of processes, (0, 1) without torchrun, and sets knobs.device to this one's
+    GPU. Raises UserError for a device that is not here, a batch that does not divide, and where another process is
+    lost: at once if its connections close, after process_timeout if it hangs.
+    """
+    on_gpu = knobs.device.startswith("cuda")
+    if on_gpu and "LOCAL_RANK" in os.environ:
+        knobs.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        known = torch.device(knobs.device).type in ("cpu", "cuda", "mps") and (not on_gpu or torch.cuda.is_available())
+        torch.empty(0, device=knobs.device)
+    except (RuntimeError, AssertionError):
+        known = False
+    if not known:
+        none = "no such GPU is available here" if on_gpu else "no such device here"
+        raise UserError(f"--device={knobs.device}: {none}; use --device=cpu")
+    if "RANK" not in os.environ:
+        yield 0, 1
+        return
+    world, steps = int(os.environ["WORLD_SIZE"]), knobs.gradient_accumulation_steps
+    if steps % world:
+        below, above = steps // world * world, -(-steps // world) * world
+        nearest = f"{below} or {above}" if below else f"{above}"
+        mend = f"use {nearest}, and --batch_size to keep the product"
+        raise UserError(f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
+    if on_gpu:
+        torch.cuda.set_device(knobs.device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
+    try:
+        yield dist.get_rank(), world
+    except RuntimeError as error:  # gloo's are no DistErrors
+        if not any(name in str(error) for name in ("gloo", "NCCL", "c10d")):
+            raise
+        lost = f"process {dist.get_rank()} of {world}: another one died or hung ({str(error).splitlines()[0]:.150})"
+        raise UserError(f"{lost}; {how_to_resume(knobs)}") from error
+    dist.destroy_process_group()
+
+
+def how_to_resume(knobs):
+    return f"go on from the last checkpoint in {knobs.out_dir} with the same command and --init_from=resume"
+
+
+def watch_sigterm(stack, world, knobs):
+    """
+    From now on SIGTERM, a scheduler's warning, is only noted, until `stack` is closed. Returns a function that says
+    whether any process has had one; all call it at the same step and get the same answer.
+    """
+    noted = torch.zeros(1, dtype=torch.int32)
+    previous = signal.signal(signal.SIGTERM, lambda *_: noted.fill_(1))
+    stack.callback(signal.signal, signal.SIGTERM, previous)
+    # on the CPU, so that no step waits for the GPU
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=knobs.process_timeout)) if world > 1 else None
+
+    def terminated():
+        if world > 1:
+            dist.all_reduce(noted, dist.ReduceOp.MAX, group=group)
+        return bool(noted.item())
+
+    return terminated
+
+
+def average_over_ranks(gradient, loss, share):
+    """Turn each rank's validation gradient and loss, of its `share` of the windows, into those of all, in place."""
+    flat = torch.cat([g.flatten() for g in gradient.values()] + [loss[None]]).mul_(share)
+    dist.all_reduce(flat)
+    parts = flat.split([g.numel() for g in gradient.values()] + [1])
+    for g, part in zip([*gradient.values(), loss], parts, strict=True):
+        g.copy_(part.view_as(g))
