@@ -6,6 +6,9 @@ VENV = .venv/bin
 # --init_from=resume once the run of the folder $(1) has a checkpoint
 resume = $(if $(wildcard $(1)/ckpt.pt),--init_from=resume)
 
+# a run that SIGTERM has stopped exits with 0, but not with its last evaluation
+ended = tail -n 1 $(1)/metrics.jsonl | grep -q '"iter": 320, "test_loss"'
+
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
@@ -17,11 +20,11 @@ out/demo_baseline/values.npz: data/python/meta.json
 
 out/demo_control/done: out/demo_baseline/values.npz
 	$(VENV)/python train.py config/demo_filtered.py $(call resume,out/demo_control)
-	touch $@
+	$(call ended,out/demo_control) && touch $@
 
 out/demo_filtered/done: out/demo_baseline/values.npz
 	$(VENV)/python train.py config/demo_filtered.py --filter_negative=True $(call resume,out/demo_filtered)
-	touch $@
+	$(call ended,out/demo_filtered) && touch $@
 
 data/python/meta.json: | .venv/installed
 	$(VENV)/python prepare_owt.py --source=python

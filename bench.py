@@ -31,7 +31,7 @@ from torch.nn import functional as F
 import data_value
 import kernels
 from configurator import UserError, configure
-from data_value import attach_directions, set_direction, validation_gradient
+from data_value import attach_directions, set_direction, validation_gradient, weight_gradient_shapes
 from model import GPT, GPTConfig
 
 
@@ -65,6 +65,8 @@ class Knobs:
             raise UserError(f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device={self.device}: no GPU is available here; use --device=cpu")
+        if self.device.startswith("cuda"):  # events and memory are the current device's
+            torch.cuda.set_device(torch.device(self.device).index or 0)
 
 
 class StockGPT(GPT):
@@ -194,8 +196,8 @@ def measure(knobs):
         raise AssertionError(f"the stock model's loss is {a}, ours {b}")
     stock.step(), ours.step()
     ours.model.load_state_dict(stock.model.state_dict())
-    linears = [layer.weight for layer in ours.model.modules() if type(layer) is data_value.Linear]
-    shapes = [(knobs.batch_size, knobs.block_size, *weight.shape[::-1]) for weight in linears]
+    data_value.use_triton = False
+    shapes = weight_gradient_shapes(ours.model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0])
     kernel = kernels.choose(knobs.device, shapes, getattr(torch, knobs.dtype), data_value.add_samples)
     data_value.use_triton = kernel[0]
 
@@ -258,7 +260,7 @@ def main():
         return
     tokens = f"{knobs.batch_size} x {knobs.block_size} tokens, m = {knobs.val_batch_size}"
     print(f"{result['parameters']:,} parameters, {tokens}; {result['kernel']}")
-    print(f"{'':8}{'ms':>10}{'peak MB':>10}{'MFU':>8}")
+    print(f"{'':8}{'ms':>10}{'peak MB':>10}" + ("     MFU" if "scored_mfu" in result else ""))
     for arm in ("stock", "plain", "val", "scored", "brute"):
         peak, mfu = result.get(f"{arm}_peak_mb"), result.get(f"{arm}_mfu")
         mfu = f"{mfu:8.1%}" if mfu else ""

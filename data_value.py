@@ -71,7 +71,7 @@ class _Linear(torch.autograd.Function):
         if bias_direction is None:
             return dx, dw, None, dot, None, None
         sample_db = dy.sum(1, dtype=bias_direction.dtype)  # (B, out)
-        return dx, dw, sample_db.sum(0), dot.addmv(sample_db, bias_direction), None, None
+        return dx, dw, sample_db.sum(0), dot + (sample_db * bias_direction).sum(1), None, None
 
 
 use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the kernel correct and faster
@@ -110,11 +110,24 @@ def add_samples(dw, x, dy, direction, running):
     flat_dw, flat_direction = dw.view(-1), direction.view(-1)
     after = [torch.zeros((), dtype=dw.dtype, device=dw.device) if running is None else running]
     beta = 0 if running is None else 1
-    for x_i, dy_i in zip(x.to(dw.dtype).unbind(), dy.to(dw.dtype).mT.unbind(), strict=True):
-        dw.addmm_(dy_i, x_i, beta=beta)
+    if not dw.is_cuda:  # where a product of bfloat16 has no float32 result
+        x, dy = x.to(dw.dtype), dy.to(dw.dtype)
+    for x_i, dy_i in zip(x.unbind(), dy.mT.unbind(), strict=True):
+        add_product(dw, dy_i, x_i, beta)
         after.append(torch.dot(flat_dw, flat_direction))
         beta = 1
     return torch.stack(after).diff(), after[-1]
+
+
+def add_product(dw, a, b, beta=1):
+    """dw = beta * dw + a @ b, accumulated in dw's dtype, in place."""
+    if a.dtype == dw.dtype:
+        dw.addmm_(a, b, beta=beta)
+    elif dw.is_cuda:
+        product = torch.mm(a, b, out_dtype=dw.dtype)
+        dw.add_(product) if beta else dw.copy_(product)
+    else:
+        dw.addmm_(a.to(dw.dtype), b.to(dw.dtype), beta=beta)
 
 
 class Embedding(nn.Embedding):
@@ -174,10 +187,11 @@ class _LayerNorm(torch.autograd.Function):
             parts = [backward(*one[:2], shape, *one[2:], weight, weight, [False, True, has_bias]) for one in samples]
             sample_dw = torch.stack([part[1] for part in parts])
             sample_db = torch.stack([part[2] for part in parts]) if has_bias else None
-        dot = sample_dw @ weight_direction
+        dot = (sample_dw * weight_direction).sum(1)  # a product `@` would be bfloat16 when compiled under autocast
         if not has_bias:
             return dx, sample_dw.sum(0), None, dot, None, None, None
-        return dx, sample_dw.sum(0), sample_db.sum(0), dot.addmv_(sample_db, bias_direction), None, None, None
+        dot += (sample_db * bias_direction).sum(1)
+        return dx, sample_dw.sum(0), sample_db.sum(0), dot, None, None, None
 
 
 class LossHead(Linear):
@@ -214,6 +228,23 @@ class _LossHead(torch.autograd.Function):
 SLICE = {"cpu": 2**23, "cuda": 2**28}
 
 
+def head_slice(B, T, V, device_type):
+    """The samples of a slice, and of each so many tokens at a time: all T of them unless the slice is of one sample."""
+    limit = SLICE.get(device_type, 2**28)
+    return min(B, max(1, limit // (T * V))), min(T, max(256, limit // V))
+
+
+def weight_gradient_shapes(model, B, T, device_type):
+    """(B, T, in, out) of every weight gradient with dots for B windows of T tokens, those of the head's slices too."""
+    shapes = []
+    for module in model.modules():
+        if isinstance(module, Linear):
+            n_out, n_in = module.weight.shape
+            samples, length = head_slice(B, T, n_out, device_type) if isinstance(module, LossHead) else (B, T)
+            shapes += [(samples, length, n_in, n_out)] * (-(-B // samples) * -(-T // length))
+    return shapes
+
+
 @torch.library.custom_op("data_value::head_loss", mutates_args=())
 def head_loss(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, direction: torch.Tensor | None, backward: bool
@@ -228,9 +259,7 @@ def head_loss(
     full = torch.promote_types(x.dtype, torch.float32)
     loss, running = torch.zeros((), dtype=full, device=x.device), None
     dx, dw, dots = _head_gradients(x, weight, backward)
-    limit = SLICE.get(x.device.type, 2**28)
-    samples = min(B, max(1, limit // (T * V)))  # in a slice; where that is one, perhaps not the whole of it
-    length = min(T, max(256, limit // V))
+    samples, length = head_slice(B, T, V, x.device.type)
     for i in range(0, B, samples):
         for t in range(0, T, length):
             part = slice(i, i + samples), slice(t, t + length)
@@ -242,7 +271,7 @@ def head_loss(
             dy = log_p.exp_().scatter_add_(2, index, torch.full_like(index, -1, dtype=full)).div_(B * T).to(x.dtype)
             dx[part] = dy @ weight
             if direction is None:
-                dw.addmm_(dy.flatten(0, 1).T.to(full), x[part].flatten(0, 1).to(full))
+                add_product(dw, dy.flatten(0, 1).T, x[part].flatten(0, 1))
             else:
                 part_dots, running = add_samples(dw, x[part], dy, direction, running)
                 dots[part[0]] += part_dots
@@ -376,7 +405,6 @@ def write_log(out_dir, iter_num, entries):
         "sample_id": torch.stack([torch.as_tensor(entry["sample_id"]) for entry in entries]),
         "dot_product": torch.stack([entry["dot_product"] for entry in entries]).float().cpu(),
     }
-    os.makedirs(os.path.join(out_dir, "dot_prod"), exist_ok=True)
     with atomic_write(os.path.join(out_dir, "dot_prod", f"dot_prod_log_iter_{iter_num}.pt")) as file:
         torch.save(log, file)
 

@@ -1,5 +1,6 @@
 """Files that are whole or absent, and checked when they are read."""
 
+import errno
 import fcntl
 import os
 import zipfile
@@ -9,37 +10,48 @@ import torch
 
 from configurator import UserError
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+@contextmanager
+def writing(path):
+    """Turns the system's refusal to write `path` for want of room, in the block, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        cause = error
+        while cause is not None and getattr(cause, "errno", None) not in NO_ROOM:
+            cause = cause.__cause__ or cause.__context__  # torch.save has a RuntimeError of its own for a full disk
+        if cause is None:
+            raise
+        whole = "what was there is whole; " if os.path.exists(path) else ""
+        raise UserError(f"{path}: could not be written ({cause.strerror}); {whole}make room and go on") from error
+
 
 @contextmanager
 def atomic_write(path):
     """
-    Yields a binary file under a temporary name; synced and renamed to `path` when the block ends without an error.
-    Raises UserError where the system cannot write it (no space, no permission); `path` is then as it was.
+    Yields a binary file under a temporary name; synced and renamed to `path` when the block ends without an error. Its
+    folder is made. Raises UserError where there is no room for it; `path` is then as it was.
     """
-    temporary = f"{path}.tmp"
+    folder, temporary = os.path.dirname(path) or ".", f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)  # else a power cut may undo the renaming
-        os.close(folder)
-    except Exception as error:
-        cause = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__  # torch.save has a RuntimeError of its own for a full disk
-        if cause is None:
-            raise
-        kept = "the file that was there is whole" if os.path.exists(path) else "nothing is there"
-        raise UserError(f"{path}: could not be written ({cause.strerror}); {kept}; make room and go on") from error
+        with writing(path):
+            os.makedirs(folder, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)  # else a power cut may undo the renaming
+            os.close(descriptor)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
-def load_torch(path, keys, mend, device="cpu"):
+def load_torch(path, keys, mend):
     """
     The dict that torch.save wrote to `path`, which has `keys`. Nothing is unpickled, and every record is compared with
     its CRC-32, as torch.load does not do. Raises UserError, ending in `mend`, where the file is missing, damaged or
@@ -52,10 +64,12 @@ def load_torch(path, keys, mend, device="cpu"):
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"checksum of {damaged}")
-        loaded = torch.load(path, map_location=device, weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(loaded, dict):
             raise ValueError(f"a {type(loaded).__name__}, not a dict")
         missing = [key for key in keys if key not in loaded]
+    except (PermissionError, MemoryError) as error:
+        raise UserError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
     except Exception as error:  # damaged files raise all kinds
         what = f"{type(error).__name__}: {str(error).strip():.80}"
         raise UserError(f"{path}: damaged, or not written by this script ({what}); {mend}") from error
@@ -70,3 +84,6 @@ def lock(file, path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{path}: a run is writing there now; wait for its end or choose another --out_dir") from None
+    except OSError as error:
+        mend = "choose an --out_dir on another one"
+        raise UserError(f"{path}: its file system has no locks ({error.strerror}); {mend}") from error

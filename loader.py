@@ -7,6 +7,7 @@ permutation computes on the fly, so that memory does not grow with the corpus an
 its position.
 """
 
+import hashlib
 import json
 import os
 
@@ -76,6 +77,11 @@ class WindowOrder:
         self.seed, self.ids, self.rejected, self.drop_random = seed, ids, rejected, drop_random
         self.key = np.uint64(hash_of(seed, stream))
 
+    def digest(self):
+        """Of what decides, with seed and stream, which ids come at a position."""
+        parts = (np.empty(0) if part is None else part for part in (self.ids, self.rejected))
+        return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
+
     def at(self, position):
         """The ids at the positions (k,), those passed over included: (k,) int64."""
         epoch, index = np.divmod(position.astype(np.uint64), np.uint64(self.n))
@@ -94,8 +100,12 @@ class WindowOrder:
 
     def take(self, position, count):
         """The next `count` ids from `position` on, (count,) int64, and the position behind them."""
-        taken = np.empty(0, dtype=np.int64)
+        taken, start = np.empty(0, dtype=np.int64), position
         while len(taken) < count:
+            if not len(taken) and position - start > 2 * self.n:
+                raise UserError(
+                    f"nothing is left to train on: drop_random = {self.drop_random} of {self.n:,}; lower it"
+                )
             ids = self.at(position + np.arange(count))
             accepted = np.flatnonzero(self.accepts(ids))[: count - len(taken)]
             taken = np.concatenate([taken, ids[accepted]])
@@ -152,7 +162,7 @@ def load_filter(knobs, fingerprint, n_windows):
     dataset, block_size, their_fingerprint = theirs
     if their_fingerprint != fingerprint:
         raise UserError(
-            f"--filter_from={knobs.filter_from}: valued another corpus ('{dataset}') than --dataset={knobs.dataset}"
+            f"--filter_from={knobs.filter_from}: valued another corpus, '{dataset}', than --dataset={knobs.dataset}"
         )
     if block_size != knobs.block_size:
         raise UserError(

@@ -22,6 +22,7 @@ import mmap
 import os
 import sys
 import sysconfig
+import tempfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -213,13 +214,14 @@ def batches_of(documents, characters=2**22, count=2**12):
 def write_corpus(documents, tokenizer, folder, knobs):
     """Encode the documents into `folder` and return meta.json's part on them: domains, splits and fingerprint."""
     domains, digests = {}, {split: hashlib.sha256() for split in SPLITS}
-    tokens, counts, by_domain, docs_digests = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), Counter(), {}
+    tokens, counts, by_domain = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), Counter()
+    docs_digests, crc_digests = {}, {}
     edges = [1 - knobs.val_fraction - knobs.test_fraction, 1 - knobs.test_fraction]
     rng, damaged = np.random.default_rng(knobs.seed), 0
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(knobs.num_proc))
         bins = {split: stack.enter_context(atomic_write(f"{folder}/{split}.bin")) for split in SPLITS}
-        starts = {split: stack.enter_context(open(f"{folder}/{split}_docs.tmp", "w+b")) for split in SPLITS}
+        starts = {split: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for split in SPLITS}
         progress = stack.enter_context(tqdm(unit="B", unit_scale=True, desc="encoding", disable=None))
         for batch in batches_of(documents):
             encoded = pool.map(lambda document: encode(tokenizer, document[0]), batch)
@@ -246,9 +248,8 @@ def write_corpus(documents, tokenizer, folder, knobs):
             os.remove(f"{folder}/meta.json")  # files are replaced from here on: no corpus until it is written anew
         for split in SPLITS:
             bins[split].flush()
-            write_checksums(bins[split].name, f"{folder}/{split}.crc")
+            crc_digests[split] = write_checksums(bins[split].name, f"{folder}/{split}.crc")
             docs_digests[split] = save_documents(starts[split], counts[split], f"{folder}/{split}_docs.npy")
-            os.remove(starts[split].name)
     for split in SPLITS:
         print(f"{split}: {counts[split]:,} documents, {tokens[split]:,} tokens")
     if len(domains) > 1:
@@ -263,7 +264,7 @@ def write_corpus(documents, tokenizer, folder, knobs):
     }
     identity = json.dumps([tokenizer.name, splits], sort_keys=True)  # of the tokens, whatever their domains are
     for split in SPLITS:
-        splits[split]["docs_sha256"] = docs_digests[split]
+        splits[split] |= dict(docs_sha256=docs_digests[split], crc_sha256=crc_digests[split])
     return dict(domains=list(domains), splits=splits, fingerprint=hashlib.sha256(identity.encode()).hexdigest())
 
 
@@ -283,11 +284,23 @@ def save_documents(records, n, path):
 
 
 def write_checksums(bin_path, crc_path):
-    """The CRC-32 of every PAGE bytes of a file, the last of which may be short, as little-endian uint32."""
+    """
+    Write the CRC-32 of every PAGE bytes of a file, the last of which may be short, as little-endian uint32; returns the
+    sha256 of what was written.
+    """
     with open(bin_path, "rb") as tokens, atomic_write(crc_path) as file:
         while piece := tokens.read(PAGE * 256):
             pages = [zlib.crc32(piece[i : i + PAGE]) for i in range(0, len(piece), PAGE)]
             file.write(np.array(pages, dtype="<u4"))
+    return sha256_of(crc_path)
+
+
+def sha256_of(path):
+    """The sha256 of a file, '' of none."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum_of(meta):
@@ -364,7 +377,8 @@ def open_split(folder, split, meta):
     path = os.path.join(folder, f"{split}.bin")
     size = 2 * meta["splits"][split]["tokens"]
     _check_size(path, size)
-    _check_size(f"{path[:-4]}.crc", 4 * -(-size // PAGE))
+    if sha256_of(f"{path[:-4]}.crc") != meta["splits"][split].get("crc_sha256"):
+        raise UserError(f"{path[:-4]}.crc: missing, damaged or of another corpus; prepare the corpus again")
     return Tokens(path)
 
 
@@ -394,7 +408,7 @@ class Tokens:
         last = first + 2 * block_size + 1
         for page in {page for a, b in zip(first // PAGE, last // PAGE, strict=True) for page in range(a, b + 1)}:
             if zlib.crc32(self.bytes[page * PAGE : (page + 1) * PAGE]) != self.checksums[page]:
-                found = f"the bytes from {page * PAGE:,} on are damaged, they or their checksum in {self.path[:-4]}.crc"
+                found = f"the bytes from {page * PAGE:,} on are damaged, as their checksum says"
                 raise UserError(f"{self.path}: {found}; prepare the corpus again with prepare_owt.py")
         return self.bytes.view("<u2")[ids[:, None] * block_size + np.arange(block_size + 1)]
 
@@ -413,11 +427,7 @@ def window_domains(folder, split, ids, block_size, meta):
     touch. Raises UserError where <split>_docs.npy does not fit meta.json.
     """
     path = os.path.join(folder, f"{split}_docs.npy")
-    try:
-        with open(path, "rb") as file:
-            fits = hashlib.file_digest(file, "sha256").hexdigest() == meta["splits"][split]["docs_sha256"]
-    except (OSError, KeyError):
-        fits = False
+    fits = sha256_of(path) == meta["splits"][split].get("docs_sha256")
     documents = np.load(path, mmap_mode="r", allow_pickle=False) if fits else []
     if len(documents) != meta["splits"][split]["documents"] or documents.dtype != DOCUMENT:
         raise UserError(f"{path}: missing, damaged or of another corpus; prepare the corpus again with prepare_owt.py")

@@ -29,6 +29,8 @@ def processes(knobs):
     if not known:
         none = "no such GPU is available here" if on_gpu else "no such device here"
         raise UserError(f"--device={knobs.device}: {none}; use --device=cpu")
+    if on_gpu:  # what is timed and synchronised is the current device
+        torch.cuda.set_device(torch.device(knobs.device).index or 0)
     if "RANK" not in os.environ:
         yield 0, 1
         return
@@ -37,21 +39,26 @@ def processes(knobs):
         below, above = steps // world * world, -(-steps // world) * world
         nearest = f"{below} or {above}" if below else f"{above}"
         mend = f"use {nearest}, and --batch_size to keep the product"
+        if knobs.init_from == "resume":
+            mend = f"resume on a number of processes that divides {steps}"
         raise UserError(f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
-    if on_gpu:
-        torch.cuda.set_device(knobs.device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
     try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
         yield dist.get_rank(), world
-    except RuntimeError as error:  # gloo's are no DistErrors
-        if not any(name in str(error) for name in ("gloo", "NCCL", "c10d")):
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's own are plain RuntimeErrors
+        if not lost:
             raise
-        lost = f"process {dist.get_rank()} of {world}: another one died or hung ({str(error).splitlines()[0]:.150})"
+        lines = str(error).strip().splitlines()
+        said = f"{lines[0]:.150}" + (f" ... {lines[-1]:.150}" if len(lines) > 1 else "")
+        lost = f"process {os.environ['RANK']} of {world}: another one died or hung, or cannot be reached ({said})"
         raise UserError(f"{lost}; {how_to_resume(knobs)}") from error
     dist.destroy_process_group()
 
 
 def how_to_resume(knobs):
+    if not os.path.exists(os.path.join(knobs.out_dir, "ckpt.pt")):
+        return "there is no checkpoint yet: start it again"
     return f"go on from the last checkpoint in {knobs.out_dir} with the same command and --init_from=resume"
 
 
@@ -60,16 +67,17 @@ def watch_sigterm(stack, world, knobs):
     From now on SIGTERM, a scheduler's warning, is only noted, until `stack` is closed. Returns a function that says
     whether any process has had one; all call it at the same step and get the same answer.
     """
-    noted = torch.zeros(1, dtype=torch.int32)
-    previous = signal.signal(signal.SIGTERM, lambda *_: noted.fill_(1))
+    noted = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
     stack.callback(signal.signal, signal.SIGTERM, previous)
     # on the CPU, so that no step waits for the GPU
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=knobs.process_timeout)) if world > 1 else None
 
     def terminated():
+        answer = torch.tensor(len(noted))  # what comes while the others are asked counts the next time
         if world > 1:
-            dist.all_reduce(noted, dist.ReduceOp.MAX, group=group)
-        return bool(noted.item())
+            dist.all_reduce(answer, group=group)
+        return answer.item() > 0
 
     return terminated
 

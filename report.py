@@ -45,7 +45,7 @@ from prepare_owt import get_tokenizer, load_meta, open_split, window_domains
 HOUSEKEEPING = {"out_dir", "init_from", "data_dir", "device", "compile", "log_interval", "checkpoint_interval"}
 HOUSEKEEPING |= {"wandb_log", "wandb_project", "wandb_run_name", "process_timeout"}
 # what makes an arm of the comparison; neither these nor scoring change a step, given its batch
-ARM = {"score", "val_batch_size", "val_interval", "value_direction", "value_order"}
+ARM = {"score", "val_batch_size", "value_direction"}
 ARM |= {"filter_from", "filter_pool", "filter_negative", "drop_random"}
 
 

@@ -13,6 +13,8 @@ A run's folder, out_dir, gets config.json, metrics.jsonl, ckpt.pt, dot_prod/ and
 SIGTERM ends a run after the step it is in, with a checkpoint.
 """
 
+import errno
+import glob
 import json
 import math
 import os
@@ -36,12 +38,14 @@ from data_value import (
     attach_directions,
     load_values,
     log_files,
+    read_log,
     set_direction,
     validation_gradient,
+    weight_gradient_shapes,
     write_log,
     write_values,
 )
-from files import atomic_write, load_torch, lock
+from files import atomic_write, load_torch, lock, writing
 from loader import TEST, VAL, WindowOrder, count_windows, get_batch, hash_of, load_filter, micro_batches, training_order
 from model import GPT, GPTConfig
 from prepare_owt import get_tokenizer, load_meta, open_split
@@ -55,7 +59,7 @@ class Knobs:
     init_from: str = "scratch"  # 'scratch', 'resume', 'gpt2' (-medium, -large, -xl), a transformers folder, a ckpt.pt
     seed: int = 1337  # of the weights, the dropout masks and the order of the windows
     eval_interval: int = 250  # iterations between evaluations of the test loss
-    eval_iters: int = 50  # batches of batch_size test windows in it, always the same windows
+    eval_iters: int = 50  # batches (of an iteration's size) of test windows in it, always the same windows
     checkpoint_interval: int = 1000  # iterations between checkpoints, each preceded by a file of dot products
     log_interval: int = 10  # iterations between printed lines
     wandb_log: bool = False  # also log to Weights & Biases
@@ -157,7 +161,7 @@ FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name", "proce
 
 # what a checkpoint holds
 CHECKPOINT = ("model", "optimizer", "model_args", "iter_num", "position", "negative", "knobs", "fingerprint")
-CHECKPOINT += ("metrics_bytes",)
+CHECKPOINT += ("metrics_bytes", "order")
 
 
 def get_lr(it, knobs):
@@ -183,16 +187,23 @@ def make_model(knobs, vocab_size, checkpoint):
             for key, value in shape.items():
                 found = checkpoint["model_args"].get(key)
                 if found != value:
-                    raise UserError(f"--init_from={knobs.init_from}: its {key} is {found}, this run's is {value}")
+                    what = f"its {key} is {found}, this run's is {value}"
+                    raise UserError(f"--init_from={knobs.init_from}: {what}; use --{key}={found}")
             # nanoGPT's torch.compile leaves a prefix in its checkpoints
             model.load_state_dict({key.removeprefix("_orig_mod."): t for key, t in checkpoint["model"].items()})
     else:
         model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
         if knobs.block_size > model.config.block_size:
-            raise UserError(f"--block_size={knobs.block_size}: it has {model.config.block_size} positions")
+            n = model.config.block_size
+            raise UserError(
+                f"--block_size={knobs.block_size}: {knobs.init_from} has {n} positions; use --block_size={n}"
+            )
         model.crop_block_size(knobs.block_size)
     if model.config.vocab_size < vocab_size:
-        raise UserError(f"--vocab_size={model.config.vocab_size}: the corpus {knobs.dataset} has {vocab_size} tokens")
+        found = f"the corpus {knobs.dataset} has {vocab_size} tokens and the model {model.config.vocab_size}"
+        raise UserError(
+            f"--vocab_size={knobs.vocab_size} --init_from={knobs.init_from}: {found}; use a vocab_size of 0"
+        )
     return model
 
 
@@ -246,9 +257,9 @@ def open_checkpoint(knobs, ckpt_path, fingerprint):
     if knobs.init_from != "resume":
         weights = ("model", "model_args")
         is_file = knobs.init_from.endswith(".pt")
-        return load_torch(knobs.init_from, weights, "give another --init_from", knobs.device) if is_file else None
+        return load_torch(knobs.init_from, weights, "give another --init_from") if is_file else None
     mend = "start the run with --init_from=scratch, in another --out_dir if this one holds one"
-    checkpoint = load_torch(ckpt_path, CHECKPOINT, mend, knobs.device)
+    checkpoint = load_torch(ckpt_path, CHECKPOINT, mend)
     if checkpoint.get("fingerprint") != fingerprint:
         mend = "choose another --out_dir or --dataset"
         raise UserError(f"{ckpt_path}: trained on another corpus than --dataset={knobs.dataset}; {mend}")
@@ -270,8 +281,8 @@ def train(knobs, rank, world, stack):
     """The run of this process; `stack` closes its files and gives back the signal handler."""
     device_type = knobs.device.split(":")[0]
     resume = knobs.init_from == "resume"
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+
+    B = knobs.batch_size * knobs.gradient_accumulation_steps  # windows in an iteration
 
     # the corpus and the orders in which its windows come
     meta, data, n_windows = load_corpus(knobs)
@@ -279,8 +290,9 @@ def train(knobs, rank, world, stack):
     filter_knobs = knobs.filter_negative, knobs.filter_pool, knobs.drop_random
     order, coverage = training_order(n_windows["train"], knobs.seed, *filter_knobs, scored)
     val_order = WindowOrder(n_windows["val"], knobs.seed, VAL)
-    n_test = min(n_windows["test"], knobs.eval_iters * knobs.batch_size)
-    n_test -= n_test % min(n_test, knobs.batch_size)  # full batches: torch.compile makes a graph for every shape
+    n_test = min(n_windows["test"], knobs.eval_iters * B)  # however the batch is cut into micro-batches
+    whole = B if n_test >= B else min(n_test, knobs.batch_size)
+    n_test -= n_test % whole  # full batches: torch.compile makes a graph for every shape
     test_ids, _ = WindowOrder(n_windows["test"], 0, TEST).take(0, n_test)  # the same for all seeds
 
     # the model and the optimiser
@@ -311,6 +323,9 @@ def train(knobs, rank, world, stack):
     iter_num, position = 0, 0
     negative = []  # the share of dot products below zero, for each iteration since the last printed line
     if resume:
+        if checkpoint["order"] != order.digest():
+            mend = "bring its values.npz back, or train anew in another --out_dir"
+            raise UserError(f"--filter_from={knobs.filter_from}: other windows than {ckpt_path} began with; {mend}")
         optimizer.load_state_dict(checkpoint["optimizer"])
         iter_num, position = checkpoint["iter_num"], checkpoint["position"]
         negative = list(torch.tensor(checkpoint["negative"], device=knobs.device))
@@ -318,13 +333,20 @@ def train(knobs, rank, world, stack):
     if world > 1:
         dist.barrier()  # all have seen the folder as it was
     if resume and rank == 0:  # what the interrupted run did after this checkpoint is about to happen again
+        for path in glob.glob(os.path.join(glob.escape(knobs.out_dir), "**", "*.tmp"), recursive=True):
+            os.remove(path)
         found, said = os.path.getsize(metrics_path), checkpoint["metrics_bytes"]
         if found < said:
             raise UserError(f"{metrics_path}: truncated, {found:,} bytes of {said:,}; train anew in another --out_dir")
         os.truncate(metrics_path, said)
-        for n, path in log_files(knobs.out_dir).items():
-            if n > iter_num:
-                os.remove(path)
+        later = [path for n, path in log_files(knobs.out_dir).items() if n > iter_num]
+        values_path = os.path.join(knobs.out_dir, "values.npz")
+        for path in later + [values_path] * (iter_num < knobs.max_iters and os.path.exists(values_path)):
+            os.remove(path)
+        if knobs.score and iter_num:  # damage is better known now than at the end
+            reached = int(read_log(knobs.out_dir)["iter"][-1]) + 1
+            if reached != iter_num:
+                raise UserError(f"{knobs.out_dir}/dot_prod: ends at iteration {reached}, {ckpt_path} at {iter_num}")
     del checkpoint
     buffers = attach_directions(model) if knobs.score else None
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if knobs.compile else model
@@ -334,7 +356,6 @@ def train(knobs, rank, world, stack):
     autocast = torch.autocast(device_type, torch.bfloat16) if knobs.dtype == "bfloat16" else nullcontext()
 
     # the run's folder
-    B = knobs.batch_size * knobs.gradient_accumulation_steps  # windows in an iteration
     micro_steps = knobs.gradient_accumulation_steps // world  # of this rank
     if rank == 0:
         description = describe(knobs, meta["fingerprint"], model, coverage)
@@ -357,8 +378,8 @@ def train(knobs, rank, world, stack):
         return tensor
 
     if knobs.score:
-        linears = [layer.weight for layer in model.modules() if type(layer) is data_value.Linear]
-        shapes = [(knobs.batch_size, knobs.block_size, *weight.shape[::-1]) for weight in linears]
+        data_value.use_triton = False
+        shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type)
         faster, reason = kernels.choose(knobs.device, shapes, getattr(torch, knobs.dtype), data_value.add_samples)
         data_value.use_triton = total(torch.tensor(float(faster), device=knobs.device)).item() == world
         if rank == 0:
@@ -382,12 +403,9 @@ def train(knobs, rank, world, stack):
     def record(metrics, line):
         if rank == 0:
             text = json.dumps(metrics).encode() + b"\n"
-            try:
-                whole = metrics_file.write(text) == len(text)
-            except OSError:
-                whole = False
-            if not whole:
-                raise UserError(f"{metrics_path}: no room for a line; make some, then {how_to_resume(knobs)}")
+            with writing(metrics_path):
+                if metrics_file.write(text) < len(text):  # the rest of the line would fail
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             tqdm.write(line)
             if knobs.wandb_log:
                 wandb.log(metrics)
@@ -398,21 +416,27 @@ def train(knobs, rank, world, stack):
         since, so that its windows can still be asked for their losses.
         """
         bad_iter, *numbers = bad.tolist()
+        bad_iter = int(bad_iter)
         if bad_iter < 0:
             recent.clear()
             return
-        names = "loss {:.4g}, gradient norm {:.4g}, sum of dot products {:.4g}".format(*numbers)
-        message = f"iteration {int(bad_iter)}: not every number is finite ({names})"
+        names = "loss {:.4g}, gradient norm {:.4g}, validation loss {:.4g}, sum of dot products {:.4g}"
+        message = f"iteration {bad_iter}: not every number is finite ({names.format(*numbers)})"
         if rank == 0:
-            ids = recent[int(bad_iter)]
             model.eval()
-            with torch.no_grad(), autocast:
-                losses = [model(*batch("train", ids[i : i + 1]))[1].item() for i in range(len(ids))]
-            worst = int(np.nan_to_num(losses, nan=np.inf).argmax())
-            tokens = data["train"].windows(ids[worst : worst + 1], knobs.block_size)[0].tolist()
-            text = get_tokenizer(meta["tokenizer"]).decode(tokens)
-            message += f"; its windows are {', '.join(map(str, ids))}; the worst of them, {ids[worst]} with a loss "
-            message += f"of {losses[worst]:.4g}, reads {text!r}"
+            sets = [("train", recent[bad_iter])]
+            if not math.isfinite(numbers[2]):
+                sets.append(("val", val_order.take(bad_iter * knobs.val_batch_size, knobs.val_batch_size)[0]))
+            for split, ids in sets:
+                with torch.no_grad(), autocast:
+                    losses = [model(*batch(split, ids[i : i + 1]))[1].item() for i in range(len(ids))]
+                worst = int(np.nan_to_num(losses, nan=np.inf).argmax())
+                tokens = data[split].windows(ids[worst : worst + 1], knobs.block_size)[0].tolist()
+                text = get_tokenizer(meta["tokenizer"]).decode(tokens)
+                message += f"; its {split} windows are {', '.join(map(str, ids))}; the worst of them, {ids[worst]}, "
+                message += f"with a loss of {losses[worst]:.4g}, reads {text!r}"
+        if world > 1:
+            dist.barrier()  # torchrun ends all of them soon after the first
         stop_run(message)
 
     def stop_run(message):
@@ -434,15 +458,18 @@ def train(knobs, rank, world, stack):
                 logged = [entry | {"dot_product": row} for entry, row in zip(entries, dots, strict=True)]
                 write_log(knobs.out_dir, iter_num, logged)
             entries.clear()
+        shares = (total(torch.stack(negative)) / world).tolist() if negative else []
         if rank == 0:
-            os.fsync(metrics_file.fileno())
+            with writing(metrics_path):
+                os.fsync(metrics_file.fileno())
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "model_args": asdict(model.config),
                 "iter_num": iter_num,
                 "position": position,
-                "negative": [share.item() for share in negative],
+                "order": order.digest(),
+                "negative": shares,
                 "knobs": asdict(knobs),
                 "fingerprint": meta["fingerprint"],
                 "metrics_bytes": os.path.getsize(metrics_path),
@@ -457,9 +484,9 @@ def train(knobs, rank, world, stack):
     lr = 0.0
     entries = []  # the dot products since the last checkpoint, left on the device
     recent = {}  # iteration: its windows, since the last check of the numbers
-    # iteration, loss, gradient norm and sum of dot products of the first step where one of them is not finite; from
-    # then on the optimiser's kernels do nothing. All this stays on the device: no step waits for it.
-    bad = torch.full((4,), -1.0, device=knobs.device)
+    # iteration, loss, gradient norm, validation loss and sum of dot products of the first step where one of them is not
+    # finite; from then on the optimiser's kernels do nothing. All this stays on the device: no step waits for it.
+    bad = torch.full((5,), -1.0, device=knobs.device)
     clock, timed = time.perf_counter(), 0
     progress = tqdm(total=knobs.max_iters, initial=iter_num, unit="it", disable=None if rank == 0 else True)
     while True:
@@ -474,6 +501,7 @@ def train(knobs, rank, world, stack):
                 print(f"SIGTERM: stopped after {iter_num} iterations; {how_to_resume(knobs)}")
             return
         if last or iter_num % knobs.eval_interval == 0:
+            check_numbers()
             test_loss = evaluate("test", test_ids)
             if not math.isfinite(test_loss):
                 stop_run(f"iteration {iter_num}: the test loss is {test_loss}")
@@ -525,8 +553,8 @@ def train(knobs, rank, world, stack):
             torch._foreach_mul_([p.grad for p in params], clip)
         if knobs.score:
             dots = torch.cat(dots)
-        of_dots = dots.sum() if knobs.score else torch.zeros_like(norm)
-        numbers = torch.stack([torch.full_like(norm, iter_num), mean_loss, norm, of_dots])
+        of_values = [val_loss, dots.sum()] if knobs.score else [torch.zeros_like(norm)] * 2
+        numbers = torch.stack([torch.full_like(norm, iter_num), mean_loss, norm, *of_values])
         not_finite = total((~numbers.isfinite().all()).float()) > 0  # on any process
         bad = torch.where(not_finite & (bad[0] < 0), numbers, bad)
         recent[iter_num] = ids

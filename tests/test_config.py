@@ -1,6 +1,7 @@
 """The configurator and the knobs: strict, typed, and never a traceback."""
 
 import glob
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from configurator import UserError, configure
 from train import Knobs, get_lr
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @dataclass
@@ -111,14 +114,14 @@ def test_the_arms_have_folders_of_their_own():
         assert Knobs(out_dir="out/{arm}-{seed}", filter_from="out/base", seed=3, **values).out_dir == f"out/{arm}-3"
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob("config/*.py")))
+@pytest.mark.parametrize("path", sorted(glob.glob(f"{ROOT}/config/*.py")))
 def test_every_config_is_valid(path):
     configure(Knobs, [path])
 
 
 def test_the_two_runs_of_a_pair_differ_in_what_they_must():
     for baseline, filtered in (("baseline", "filtered"), ("demo_baseline", "demo_filtered")):
-        a, b = (vars(configure(Knobs, [f"config/{name}.py"])) for name in (baseline, filtered))
+        a, b = (vars(configure(Knobs, [f"{ROOT}/config/{name}.py"])) for name in (baseline, filtered))
         differ = {key for key in a if a[key] != b[key]}
         allowed = {
             "out_dir",
@@ -130,7 +133,7 @@ def test_the_two_runs_of_a_pair_differ_in_what_they_must():
             "value_direction",
         }
         assert differ <= allowed
-        control, treatment = b, vars(configure(Knobs, [f"config/{filtered}.py", "--filter_negative=True"]))
+        control, treatment = b, vars(configure(Knobs, [f"{ROOT}/config/{filtered}.py", "--filter_negative=True"]))
         assert {key for key in control if control[key] != treatment[key]} == {"out_dir", "filter_negative"}
 
 

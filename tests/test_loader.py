@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader import TEST, TRAIN, VAL, WindowOrder, count_windows, get_batch, micro_batches, permute, training_order
-from prepare_owt import PAGE, Tokens, open_split, write_checksums
+from prepare_owt import PAGE, Tokens, open_split, sha256_of, write_checksums
 
 
 @settings(max_examples=60, deadline=None)
@@ -138,11 +138,12 @@ def test_a_billion_windows_on_a_sparse_file(tmp_path):
         for _ in range(1000):
             np.full(-(-2 * n * T // PAGE) // 1000, zlib.crc32(bytes(PAGE)), dtype="<u4").tofile(file)
         np.array([zlib.crc32(bytes(2))], dtype="<u4").tofile(file)
+    train = dict(tokens=n * T + 1, crc_sha256=sha256_of(tmp_path / "train.crc"))
     sample_id = np.arange(0, n, 1000)
     value = np.random.default_rng(0).normal(size=len(sample_id)) + 1
     tracemalloc.start()
     started = time.perf_counter()
-    data = open_split(str(tmp_path), "train", dict(splits=dict(train=dict(tokens=n * T + 1))))
+    data = open_split(str(tmp_path), "train", dict(splits=dict(train=train)))
     orders = {
         pool: training_order(count_windows(data, T), 0, True, pool, 0.0, (sample_id, value))[0]
         for pool in ("scored", "all")

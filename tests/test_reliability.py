@@ -58,11 +58,11 @@ def same_run(a, b, exact=True):
     pairs += [(states[0]["model"][key], states[1]["model"][key]) for key in states[0]["model"]]
     optimizers = [state["optimizer"]["state"] for state in states]
     pairs += [(optimizers[0][i][key], optimizers[1][i][key]) for i in optimizers[0] for key in optimizers[0][i]]
-    for x, y in pairs:
+    for x, y in ((np.asarray(x), np.asarray(y)) for x, y in pairs):
         if exact:
             assert np.array_equal(x, y)
         else:
-            np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5)
+            np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-4 * np.abs(y).max())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def same_run(a, b, exact=True):
 
 @pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_ends_as_if_it_had_not_been(home, kills):  # noqa: F811
-    flags = f"{SCORED} --dropout=0.1 --checkpoint_interval=2 --max_iters={60 * kills}"
+    flags = f"{SCORED} --dropout=0.1 --checkpoint_interval=2 --max_iters={200 * kills}"
     call(train.main, f"{flags} --out_dir=out/whole")
     moments, rng = [], random.Random(kills)
     while len(moments) < kills:
@@ -127,15 +127,17 @@ def test_there_are_as_many_syncs_and_renames_as_the_test_above_believes(home, mo
 
 
 def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(home):  # noqa: F811
-    flags = f"{SCORED} --max_iters=400 --checkpoint_interval=1000"
+    flags = f"{SCORED} --max_iters=2000 --checkpoint_interval=10000"
     run = start(f"{flags} --out_dir=out/stopped")
     wait_for_training(run)
-    time.sleep(0.2)
+    while not os.path.getsize("out/stopped/metrics.jsonl"):  # its first evaluation
+        time.sleep(0.01)
+        assert run.poll() is None
     run.terminate()
     out, err = run.communicate()
     assert run.returncode == 0, err
     assert "SIGTERM: stopped after" in out and "--init_from=resume" in out
-    assert 0 < torch.load("out/stopped/ckpt.pt", weights_only=True)["iter_num"] < 400
+    assert 0 < torch.load("out/stopped/ckpt.pt", weights_only=True)["iter_num"] < 2000
     call(train.main, f"{flags} --out_dir=out/stopped --init_from=resume")
     call(train.main, f"{flags} --out_dir=out/whole")
     same_run("out/stopped", "out/whole")
@@ -159,7 +161,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint(home, small_disk):  # noqa: F811
     flags = f"{SCORED} --max_iters=200 --out_dir={small_disk}/run"
-    with pytest.raises(SystemExit, match="could not be written .No space left on device.|no room for a line"):
+    with pytest.raises(SystemExit, match="could not be written .No space left on device."):
         call(train.main, f"{flags} --checkpoint_interval=1 --n_embd=32")
     checkpoint = load_torch(f"{small_disk}/run/ckpt.pt", train.CHECKPOINT, "")
     assert checkpoint["iter_num"] >= 1
@@ -299,6 +301,30 @@ def test_files_that_do_not_belong_together_are_refused(home, finished):  # noqa:
         read_log("out/x")
 
 
+def test_a_filter_that_has_changed_is_noticed(home, finished):  # noqa: F811
+    shutil.copytree(finished / "run", "out/scored")
+    sample_id, value, visits = load_values("out/scored")
+    value[::3] = -1.0
+    np.savez("out/scored/values.npz", sample_id=sample_id, value=value, visits=visits)
+    flags = f"{TINY} --filter_from=out/scored --filter_negative=True --lr_decay_iters=99 --out_dir=out/x"
+    call(train.main, flags)
+    value[1] = -1.0
+    np.savez("out/scored/values.npz", sample_id=sample_id, value=value, visits=visits)
+    refused(f"{flags} --max_iters=12 --init_from=resume", "--filter_from=out/scored: other windows than out/x/ckpt.pt")
+    value[1] = 1.0
+    np.savez("out/scored/values.npz", sample_id=sample_id, value=value, visits=visits)
+    call(train.main, f"{flags} --max_iters=12 --init_from=resume")
+
+
+def test_a_damaged_log_is_noticed_when_a_run_is_resumed(home, finished):  # noqa: F811
+    shutil.copytree(finished / "run", "out/x")
+    flags = f"{SCORED} --data_dir={finished}/data --out_dir=out/x --lr_decay_iters=8 --max_iters=12 --init_from=resume"
+    os.truncate("out/x/dot_prod/dot_prod_log_iter_3.pt", 700)
+    refused(flags, "dot_prod_log_iter_3.pt: damaged")
+    os.remove("out/x/dot_prod/dot_prod_log_iter_3.pt")
+    refused(flags, "iterations are missing or there twice")
+
+
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(home):  # noqa: F811
     run = start(f"{SCORED} --out_dir=out/x --max_iters=100000")
     wait_for_training(run)
@@ -306,6 +332,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(home):
     refused(f"{SCORED} --out_dir=out/x --max_iters=100000 --init_from=resume", "out/x: a run is writing there now")
     while not os.path.exists("out/x/ckpt.pt"):
         time.sleep(0.01)
+        assert run.poll() is None
     run.kill()
     run.wait()
     iterations = torch.load("out/x/ckpt.pt", weights_only=True)["iter_num"]
@@ -339,7 +366,7 @@ def test_a_loss_that_is_not_finite_names_its_window(home, monkeypatch, scored): 
     message = str(error.value)
     text = prepare_owt.get_tokenizer("bytes").decode(tokens[bad * 16 : bad * 16 + 17].tolist())
     assert "iteration 40: not every number is finite (loss nan, gradient norm nan" in message
-    assert f"its windows are {', '.join(map(str, ids))}; the worst of them, {bad} with a loss of nan" in message
+    assert f"its train windows are {', '.join(map(str, ids))}; the worst of them, {bad}, with a loss of nan" in message
     assert repr(text) in message and "\n" not in message
     checkpoint = torch.load("out/x/ckpt.pt", weights_only=True)
     assert checkpoint["iter_num"] == 39 and all(p.isfinite().all() for p in checkpoint["model"].values())
@@ -348,6 +375,23 @@ def test_a_loss_that_is_not_finite_names_its_window(home, monkeypatch, scored): 
         assert read_log("out/x")["iter"][-1] == 38
     monkeypatch.setattr(GPT, "forward", forward)
     call(train.main, resumed)  # the checkpoint is good
+
+
+def test_a_validation_loss_that_is_not_finite_names_its_window(home, monkeypatch):  # noqa: F811
+    tokens = np.fromfile("data/tiny/val.bin", dtype="<u2")
+    forward, poison = GPT.forward, torch.from_numpy(tokens[: 16 * 300].reshape(-1, 16).astype(np.int64))
+    bad = int(train.WindowOrder((len(tokens) - 1) // 16, 1337, train.VAL).take(5 * 3, 3)[0][1])  # of iteration 5
+
+    def poisoned(self, idx, targets=None, alpha=None):
+        logits, loss = forward(self, idx, targets, alpha)
+        return logits, loss * torch.where((idx == poison[bad]).all(1).any(), torch.inf, 1.0)
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    with pytest.raises(SystemExit) as error:
+        call(train.main, f"{SCORED} --max_iters=60 --out_dir=out/x")
+    assert "iteration 5: not every number is finite" in str(error.value)
+    assert f"; the worst of them, {bad}, with a loss of inf" in str(error.value)
+    assert read_log("out/x")["iter"][-1] < 5
 
 
 def test_parameters_that_overflow_are_not_saved(home):  # noqa: F811
@@ -377,7 +421,8 @@ def test_any_knob_gives_a_run_or_one_line(home, knob, value):  # noqa: F811
     except SystemExit as error:
         message = str(error)
         assert len(message.splitlines()) == 1 and len(message) > 10, message
-        assert knob in message or value in message or "warmup_iters" in message or "finite" in message, message
+        named = knob, f"={value}:", f"{value or '.'}/", "warmup_iters", "finite"  # the knob, its file, or what it did
+        assert any(name in message for name in named), message
     finally:
         sys.argv = old
 
