@@ -50,7 +50,7 @@ class Knobs:
     device: str = "cpu"
     value_direction: str = "adam"  # or 'sgd'
     rounds: int = 15
-    peak_tflops: float = 0.0  # of the GPU in dtype, for MFU; 0: that is not printed
+    peak_tflops: float = 0.0  # of the GPU in dtype, for MFU; 0: as in PEAK_TFLOPS, or MFU is not printed
     json: bool = False  # an object instead of the table
     memory_of: str = ""  # used by the bench itself: measure the peak of this arm and stop
 
@@ -67,6 +67,10 @@ class Knobs:
             raise UserError(f"--device={self.device}: no GPU is available here; use --device=cpu")
         if self.device.startswith("cuda"):  # events and memory are the current device's
             torch.cuda.set_device(torch.device(self.device).index or 0)
+
+
+# dense bfloat16, from NVIDIA's data sheets
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
 
 
 class StockGPT(GPT):
@@ -241,11 +245,13 @@ def measure(knobs):
     result |= dict(torch=torch.__version__, threads=torch.get_num_threads())
     if knobs.device.startswith("cuda"):
         result["gpu"] = torch.cuda.get_device_name(knobs.device)
-        if knobs.peak_tflops:
+        known = (peak for name, peak in PEAK_TFLOPS.items() if name in result["gpu"] and knobs.dtype == "bfloat16")
+        peak_tflops = knobs.peak_tflops or next(known, 0.0)
+        if peak_tflops:
             attention = 12 * knobs.n_layer * knobs.n_embd * knobs.block_size  # operations a token (PaLM, App. B)
             operations = (6 * parameters + attention) * knobs.batch_size * knobs.block_size
             for arm in ("stock", "plain", "scored"):
-                result[f"{arm}_mfu"] = operations / (result[f"{arm}_ms"] / 1000) / (knobs.peak_tflops * 1e12)
+                result[f"{arm}_mfu"] = operations / (result[f"{arm}_ms"] / 1000) / (peak_tflops * 1e12)
     return result
 
 

@@ -281,7 +281,6 @@ def train(knobs, rank, world, stack):
     """The run of this process; `stack` closes its files and gives back the signal handler."""
     device_type = knobs.device.split(":")[0]
     resume = knobs.init_from == "resume"
-
     B = knobs.batch_size * knobs.gradient_accumulation_steps  # windows in an iteration
 
     # the corpus and the orders in which its windows come
@@ -291,8 +290,7 @@ def train(knobs, rank, world, stack):
     order, coverage = training_order(n_windows["train"], knobs.seed, *filter_knobs, scored)
     val_order = WindowOrder(n_windows["val"], knobs.seed, VAL)
     n_test = min(n_windows["test"], knobs.eval_iters * B)  # however the batch is cut into micro-batches
-    whole = B if n_test >= B else min(n_test, knobs.batch_size)
-    n_test -= n_test % whole  # full batches: torch.compile makes a graph for every shape
+    n_test -= n_test % B if n_test > B else 0  # full batches: torch.compile makes a graph for every shape
     test_ids, _ = WindowOrder(n_windows["test"], 0, TEST).take(0, n_test)  # the same for all seeds
 
     # the model and the optimiser
