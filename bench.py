@@ -33,6 +33,7 @@ import kernels
 from configurator import UserError, configure
 from data_value import attach_directions, set_direction, validation_gradient, weight_gradient_shapes
 from model import GPT, GPTConfig
+from processes import keep_freed_memory
 
 
 @dataclass
@@ -257,6 +258,7 @@ def measure(knobs):
 
 def main():
     knobs = configure(Knobs, ["--json=True" if argument == "--json" else argument for argument in sys.argv[1:]])
+    keep_freed_memory()
     if knobs.memory_of:
         print_peak(knobs)
         return

@@ -1,5 +1,6 @@
 """The processes of a run: torchrun's, one for every GPU, or a single one; what they share, and how they end."""
 
+import ctypes
 import os
 import signal
 from contextlib import contextmanager
@@ -54,6 +55,17 @@ def processes(knobs):
         lost = f"process {os.environ['RANK']} of {world}: another one died or hung, or cannot be reached ({said})"
         raise UserError(f"{lost}; {how_to_resume(knobs)}") from error
     dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """
+    Have glibc keep what is freed. By itself it gives most of it back to the system after a backward pass and takes it
+    again, page by page, in the next step. Nothing is done where there is another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
 
 
 def how_to_resume(knobs):

@@ -49,7 +49,7 @@ from files import atomic_write, load_torch, lock, writing
 from loader import TEST, VAL, WindowOrder, count_windows, get_batch, hash_of, load_filter, micro_batches, training_order
 from model import GPT, GPTConfig
 from prepare_owt import get_tokenizer, load_meta, open_split
-from processes import average_over_ranks, how_to_resume, processes, watch_sigterm
+from processes import average_over_ranks, how_to_resume, keep_freed_memory, processes, watch_sigterm
 
 
 @dataclass
@@ -273,6 +273,7 @@ def open_checkpoint(knobs, ckpt_path, fingerprint):
 
 def main():
     knobs = configure(Knobs, sys.argv[1:])
+    keep_freed_memory()
     with processes(knobs) as (rank, world), ExitStack() as stack:
         train(knobs, rank, world, stack)
 
