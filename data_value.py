@@ -110,8 +110,6 @@ def add_samples(dw, x, dy, direction, running):
     flat_dw, flat_direction = dw.view(-1), direction.view(-1)
     after = [torch.zeros((), dtype=dw.dtype, device=dw.device) if running is None else running]
     beta = 0 if running is None else 1
-    if not dw.is_cuda:  # where a product of bfloat16 has no float32 result
-        x, dy = x.to(dw.dtype), dy.to(dw.dtype)
     for x_i, dy_i in zip(x.unbind(), dy.mT.unbind(), strict=True):
         add_product(dw, dy_i, x_i, beta)
         after.append(torch.dot(flat_dw, flat_direction))
@@ -123,7 +121,7 @@ def add_product(dw, a, b, beta=1):
     """dw = beta * dw + a @ b, accumulated in dw's dtype, in place."""
     if a.dtype == dw.dtype:
         dw.addmm_(a, b, beta=beta)
-    elif dw.is_cuda:
+    elif dw.is_cuda:  # only there has a product of bfloat16 a float32 result
         product = torch.mm(a, b, out_dtype=dw.dtype)
         dw.add_(product) if beta else dw.copy_(product)
     else:
@@ -359,9 +357,8 @@ def set_direction(buffers, gradient, optimizer=None):
         states = [optimizer.state[p] for p in params if p in optimizer.state]
         if states:  # all parameters take every step
             correction = 1 - beta2 ** (states[0]["step"] + 1)
-        for i, p in enumerate(
-            params
-        ):  # in place, a parameter at a time: nothing new is allocated and some are in cache
+        # in place, a parameter at a time: nothing new is allocated and the smaller ones stay in the cache
+        for i, p in enumerate(params):
             g, d = gradient[p], buffers[p]
             if states:
                 torch.mul(states[i]["exp_avg_sq"], beta2, out=d).addcmul_(g, g, value=1 - beta2).div_(correction)

@@ -384,8 +384,8 @@ def open_split(folder, split, meta):
 
 class Tokens:
     """
-    The uint16 tokens of a .bin, mapped and not read; what is read is compared with its checksums, so that a start takes
-    no time and no damaged token is used.
+    The uint16 tokens of a .bin, mapped and not read; what is read is compared with its checksums, so that a start
+    reads a thousandth of the file and no damaged token is used.
     """
 
     def __init__(self, path):
@@ -427,9 +427,12 @@ def window_domains(folder, split, ids, block_size, meta):
     touch. Raises UserError where <split>_docs.npy does not fit meta.json.
     """
     path = os.path.join(folder, f"{split}_docs.npy")
-    fits = sha256_of(path) == meta["splits"][split].get("docs_sha256")
-    documents = np.load(path, mmap_mode="r", allow_pickle=False) if fits else []
-    if len(documents) != meta["splits"][split]["documents"] or documents.dtype != DOCUMENT:
+    part = meta["splits"][split]
+    fits = sha256_of(path) == part.get("docs_sha256")
+    if fits:  # np.load's own errors come in many types, and cannot come now
+        documents = np.load(path, mmap_mode="r", allow_pickle=False)
+        fits = documents.dtype == DOCUMENT and len(documents) == part["documents"]
+    if not fits:
         raise UserError(f"{path}: missing, damaged or of another corpus; prepare the corpus again with prepare_owt.py")
     ids = np.asarray(ids, dtype=np.int64)
     starts, n_domains = documents["start"], len(meta["domains"])

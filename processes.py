@@ -47,8 +47,7 @@ def processes(knobs):
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
         yield dist.get_rank(), world
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's own are plain RuntimeErrors
-        if not lost:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's own are plain RuntimeErrors
             raise
         lines = str(error).strip().splitlines()
         said = f"{lines[0]:.150}" + (f" ... {lines[-1]:.150}" if len(lines) > 1 else "")
