@@ -133,9 +133,9 @@ class Bench:
         if not hasattr(self, "buffers"):
             self.buffers = attach_directions(self.model)
         set_direction(self.buffers, self.val(), self.adam)
-        alpha = torch.zeros(len(self.x), device=self.x.device, requires_grad=True)
+        alpha = torch.zeros(len(self.x), 1, device=self.x.device, requires_grad=True)
         self.backward(alpha)
-        return alpha.grad * len(self.x)
+        return alpha.grad[:, 0] * len(self.x)
 
     def step(self):
         self.optimizer.step()

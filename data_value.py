@@ -1,11 +1,11 @@
 """
 The value of every training sample, from the backward pass that trains on it.
 
-Give sample i its own weights theta + alpha_i * D and look at alpha = 0: d l_i / d alpha_i = <grad l_i, D>. So a
-vector of B zeros that the forward pass carries and never uses receives, as its gradient, the dot product of every
-sample's gradient with the direction D. The layers below know how to compute that derivative from what their weight
-gradient needs anyway; autograd sums it over layers, over the two uses of a tied weight and over micro-steps, because
-a derivative is linear.
+Give sample i its own weights theta + sum_k alpha_ik * D_k and look at alpha = 0: d l_i / d alpha_ik = <grad l_i, D_k>.
+So zeros of shape (B, K) that the forward pass carries and never uses receive, as their gradient, the dot product of
+every sample's gradient with each of K directions D_k. The layers below know how to compute that derivative from what
+their weight gradient needs anyway; autograd sums it over layers, over the two uses of a tied weight and over
+micro-steps, because a derivative is linear.
 
 With G = grad of the mean loss of m validation windows, eta the learning rate, c the clipping coefficient and B the
 batch:
@@ -14,7 +14,7 @@ batch:
 
 is the decrease of the validation loss, in nats, that sample i causes at this step to first order: the first-order
 In-Run Data Shapley of arXiv 2406.11011 (Sec. 4.1; its sign is the opposite, since its utility is the change of the
-loss).
+loss). To second order G is taken at the midpoint of the step: `retreat_to_midpoint`.
 
     dots = dot_products(model, x, y, x_val, y_val)        # (B,): nothing else is needed for a single batch
 """
@@ -33,9 +33,10 @@ from files import atomic_write, load_torch
 from kernels import add_samples_triton
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The layers. Each is its torch.nn namesake until alpha, (B,), is given. X is the input (B, T, in), dY the gradient of
-# the output (B, T, out). Under autocast a linear casts its own operands, as autocast would, and saves the cast ones;
-# weight gradients and dot products accumulate in float32 (float64 for float64 weights).
+# The layers. Each is its torch.nn namesake until alpha, (B, K), is given; it then holds K directions beside each of its
+# parameters. X is the input (B, T, in), dY the gradient of the output (B, T, out). Under autocast a linear casts its
+# own operands, as autocast would, and saves the cast ones; weight gradients and dot products accumulate in float32
+# (float64 for float64 weights).
 
 
 class Linear(nn.Linear):
@@ -71,7 +72,12 @@ class _Linear(torch.autograd.Function):
         if bias_direction is None:
             return dx, dw, None, dot, None, None
         sample_db = dy.sum(1, dtype=bias_direction.dtype)  # (B, out)
-        return dx, dw, sample_db.sum(0), dot + (sample_db * bias_direction).sum(1), None, None
+        return dx, dw, sample_db.sum(0), dot + _dot(sample_db, bias_direction), None, None
+
+
+def _dot(samples, direction):
+    """(B, n), (K, n) -> (B, K). A product `@` would be bfloat16 when compiled under autocast."""
+    return (samples[:, None] * direction).sum(2)
 
 
 use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the kernel correct and faster
@@ -80,23 +86,24 @@ use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the 
 @torch.library.custom_op("data_value::linear_grad", mutates_args=())
 def linear_grad(x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    x (B, T, in), dy (B, T, out), direction (out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), and every
-    sample's share of it dotted with the direction, (B,), both in the direction's dtype.
+    x (B, T, in), dy (B, T, out), direction (K, out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), and every
+    sample's share of it dotted with each direction, (B, K), both in the direction's dtype.
     """
-    dw = torch.empty_like(direction)
+    dw = torch.empty_like(direction[0])
     dots, _ = add_samples(dw, x, dy, direction, None)
     return dw, dots
 
 
 @linear_grad.register_fake
 def _(x, dy, direction):
-    return torch.empty_like(direction), direction.new_empty(len(x))
+    return torch.empty_like(direction[0]), direction.new_empty(len(x), len(direction))
 
 
 def add_samples(dw, x, dy, direction, running):
     """
-    Add dY_i^T X_i of every sample to dw, (out, in), in place. `running` is <dw, direction>, a scalar, or None for a dw
-    that holds nothing yet; returns every sample's share dotted with the direction, (B,), and the new running.
+    Add dY_i^T X_i of every sample to dw, (out, in), in place. `running` is <dw, direction> for each direction, (K,), or
+    None for a dw that holds nothing yet; returns every sample's share dotted with each direction, (B, K), and the new
+    running.
 
     The weight gradient may as well be accumulated one sample at a time; <dw, direction> after each sample then gives
     the sample's dot as a difference: one multiplication in T more than without it. (A buffer for each sample's share
@@ -106,15 +113,15 @@ def add_samples(dw, x, dy, direction, running):
     if use_triton and dw.dtype == torch.float32:
         if running is None:
             dw.zero_()
-        return add_samples_triton(dw, x, dy, direction), torch.zeros((), device=dw.device)
-    flat_dw, flat_direction = dw.view(-1), direction.view(-1)
-    after = [torch.zeros((), dtype=dw.dtype, device=dw.device) if running is None else running]
+        return add_samples_triton(dw, x, dy, direction), dw.new_zeros(len(direction))
+    flat_dw, flat_directions = dw.view(-1), direction.flatten(1).unbind()
+    after = [dw.new_zeros(len(direction)) if running is None else running]
     beta = 0 if running is None else 1
     for x_i, dy_i in zip(x.unbind(), dy.mT.unbind(), strict=True):
         add_product(dw, dy_i, x_i, beta)
-        after.append(torch.dot(flat_dw, flat_direction))
+        after.append(torch.stack([torch.dot(flat_dw, one) for one in flat_directions]))
         beta = 1
-    return torch.stack(after).diff(), after[-1]
+    return torch.stack(after).diff(dim=0), after[-1]
 
 
 def add_product(dw, a, b, beta=1):
@@ -149,10 +156,10 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         idx, direction = ctx.saved_tensors
-        dot = F.embedding(idx, direction).mul(dy).sum((1, 2))
+        dot = torch.stack([F.embedding(idx, one).mul(dy).sum((1, 2)) for one in direction.unbind()], 1)
         if idx.dim() == 1:
             dy = dy.sum(0)
-        dw = torch.ops.aten.embedding_dense_backward(dy, idx, len(direction), -1, False)
+        dw = torch.ops.aten.embedding_dense_backward(dy, idx, direction.shape[1], -1, False)
         return None, dw, dot, None
 
 
@@ -185,10 +192,10 @@ class _LayerNorm(torch.autograd.Function):
             parts = [backward(*one[:2], shape, *one[2:], weight, weight, [False, True, has_bias]) for one in samples]
             sample_dw = torch.stack([part[1] for part in parts])
             sample_db = torch.stack([part[2] for part in parts]) if has_bias else None
-        dot = (sample_dw * weight_direction).sum(1)  # a product `@` would be bfloat16 when compiled under autocast
+        dot = _dot(sample_dw, weight_direction)
         if not has_bias:
             return dx, sample_dw.sum(0), None, dot, None, None, None
-        dot += (sample_db * bias_direction).sum(1)
+        dot += _dot(sample_db, bias_direction)
         return dx, sample_dw.sum(0), sample_db.sum(0), dot, None, None, None
 
 
@@ -222,14 +229,14 @@ class _LossHead(torch.autograd.Function):
         return dx, dw, None, dot if ctx.scored else None, None
 
 
-# logits that may exist at a time, or 256 tokens' where that is more: a slice reads and writes all of dW
+# logits that may exist at a time, or 512 tokens' where that is more: a slice reads and writes all of dW
 SLICE = {"cpu": 2**23, "cuda": 2**28}
 
 
 def head_slice(B, T, V, device_type):
     """The samples of a slice, and of each so many tokens at a time: all T of them unless the slice is of one sample."""
-    limit = SLICE.get(device_type, 2**28)
-    return min(B, max(1, limit // (T * V))), min(T, max(256, limit // V))
+    tokens = max(512, SLICE.get(device_type, 2**28) // V)
+    return min(B, max(1, tokens // T)), min(T, tokens)
 
 
 def weight_gradient_shapes(model, B, T, device_type):
@@ -248,15 +255,15 @@ def head_loss(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, direction: torch.Tensor | None, backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    x (B, T, C), weight (V, C), targets (B, T), direction (V, C) or None -> the mean token loss, and its gradients
-    with respect to x (B, T, C), to weight (V, C) and to alpha (B,) where `backward` is set (zero without a
+    x (B, T, C), weight (V, C), targets (B, T), direction (K, V, C) or None -> the mean token loss, and its gradients
+    with respect to x (B, T, C), to weight (V, C) and to alpha (B, K) where `backward` is set (K = 0 without a
     direction).
     """
     B, T, _ = x.shape
     V = len(weight)
     full = torch.promote_types(x.dtype, torch.float32)
     loss, running = torch.zeros((), dtype=full, device=x.device), None
-    dx, dw, dots = _head_gradients(x, weight, backward)
+    dx, dw, dots = _head_gradients(x, weight, direction, backward)
     samples, length = head_slice(B, T, V, x.device.type)
     for i in range(0, B, samples):
         for t in range(0, T, length):
@@ -279,25 +286,26 @@ def head_loss(
 @head_loss.register_fake
 def _(x, weight, targets, direction, backward):
     full = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((), dtype=full), *_head_gradients(x, weight, backward)
+    return x.new_empty((), dtype=full), *_head_gradients(x, weight, direction, backward)
 
 
-def _head_gradients(x, weight, backward):
+def _head_gradients(x, weight, direction, backward):
     """Zeros for the gradients of x, weight and alpha, empty ones where there is no backward."""
     full = torch.promote_types(x.dtype, torch.float32)
-    shapes = (x.shape, weight.shape, (len(x),)) if backward else ((0,), (0,), (0,))
+    K = 0 if direction is None else len(direction)
+    shapes = (x.shape, weight.shape, (len(x), K)) if backward else ((0,), (0,), (0,))
     return [x.new_zeros(shape, dtype=full) for shape in shapes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The direction.
+# The directions.
 
 
-def attach_directions(model):
+def attach_directions(model, n_directions=1):
     """
-    Give every layer of `model` a buffer beside each of its parameters to hold that parameter's slice of the
-    direction, and return {parameter: buffer}. A tied parameter has one buffer, shared. Call it when the model is on
-    its device; it may be called again. The buffers are not in the state dict.
+    Give every layer of `model` a buffer beside each of its parameters to hold that parameter's slice of K =
+    n_directions directions, and return {parameter: buffer (K, *parameter.shape)}. A tied parameter has one buffer,
+    shared. Call it when the model is on its device; it may be called again. The buffers are not in the state dict.
 
     Raises ValueError naming every trainable parameter that is not held by one of this file's layers: its part of the
     dot products would be missing.
@@ -306,7 +314,7 @@ def attach_directions(model):
     for module in model.modules():
         if isinstance(module, (Linear, Embedding, LayerNorm)):
             for name, p in module.named_parameters(recurse=False):
-                buffers.setdefault(p, torch.zeros_like(p, requires_grad=False))
+                buffers.setdefault(p, torch.zeros(n_directions, *p.shape, dtype=p.dtype, device=p.device))
                 module.register_buffer(f"{name}_direction", buffers[p], persistent=False)
     missed = [name for name, p in model.named_parameters() if p.requires_grad and p not in buffers]
     if missed:
@@ -342,29 +350,61 @@ def validation_gradient(model, x_val, y_val, micro_batch_size=None):
     return dict(zip(params, gradient, strict=True)), total
 
 
-def set_direction(buffers, gradient, optimizer=None):
+def mean_gradient(gradients):
+    """The mean of a list of {parameter: gradient}."""
+    if len(gradients) == 1:
+        return gradients[0]
+    return {p: torch.stack([gradient[p] for gradient in gradients]).mean(0) for p in gradients[0]}
+
+
+def set_direction(buffers, gradient, optimizer=None, k=0, stepped=False, without=None, mean=None):
     """
-    Fill the buffers of `attach_directions` with D. Without an optimizer D = G. With an AdamW, D = P * G for the step
-    that it is about to take: v' = beta2 * v + (1 - beta2) * G^2 and its bias correction, so that a fresh state does
-    not give 1 / eps.
+    Fill row k of the buffers of `attach_directions` with D. Without an optimizer D = G. With an AdamW, D = P * G for
+    the step that it is about to take: v' = beta2 * v + (1 - beta2) * G^2 and its bias correction, so that a fresh
+    state does not give 1 / eps; or, `stepped`, for the step that it has just taken, whose v is known. `mean` takes the
+    place of G in v', so that the directions of several groups average to that of all. The slice of the parameter
+    `without` is zero.
     """
     if optimizer is None:
         for p, g in gradient.items():
-            buffers[p].copy_(g)
-        return
-    for group in optimizer.param_groups:
+            buffers[p][k].copy_(g)
+    for group in optimizer.param_groups if optimizer else ():
         beta2, eps, params = group["betas"][1], group["eps"], group["params"]
         states = [optimizer.state[p] for p in params if p in optimizer.state]
         if states:  # all parameters take every step
-            correction = 1 - beta2 ** (states[0]["step"] + 1)
+            correction = 1 - beta2 ** (states[0]["step"] + (not stepped))
         # in place, a parameter at a time: nothing new is allocated and the smaller ones stay in the cache
         for i, p in enumerate(params):
-            g, d = gradient[p], buffers[p]
-            if states:
-                torch.mul(states[i]["exp_avg_sq"], beta2, out=d).addcmul_(g, g, value=1 - beta2).div_(correction)
-            else:
+            g, d = (mean or gradient)[p], buffers[p][k]
+            if not states:
                 torch.mul(g, g, out=d)
-            torch.div(g, d.sqrt_().add_(eps), out=d)
+            elif stepped:
+                torch.div(states[i]["exp_avg_sq"], correction, out=d)
+            else:
+                torch.mul(states[i]["exp_avg_sq"], beta2, out=d).addcmul_(g, g, value=1 - beta2).div_(correction)
+            torch.div(gradient[p], d.sqrt_().add_(eps), out=d)
+    if without is not None:
+        buffers[without][k].zero_()
+
+
+@torch.no_grad()
+def retreat_to_midpoint(optimizer):
+    """
+    Take half of what the batch contributed to the step that `optimizer` (SGD without momentum, or AdamW) has just taken
+    back from the parameters, whose `.grad` is still the step's. With delta_N the step and delta_0 what momentum and
+    decay would have made it without any sample, they then are theta + (delta_0 + delta_N) / 2: where the validation
+    gradient gives the Shapley values of the quadratic utility. For SGD it is G + H delta_N / 2, Theorem 4 of
+    arXiv 2406.11011, up to third order in the learning rate.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if "betas" not in group:
+                p.add_(p.grad, alpha=group["lr"] / 2)
+                continue
+            (beta1, beta2), state = group["betas"], optimizer.state[p]
+            share = (1 - beta1) / (1 - beta1 ** state["step"])  # of .grad in the corrected momentum
+            scale = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+            p.add_(torch.div(p.grad, scale, out=scale).mul_(share * (group["lr"] / 2)))
 
 
 def dot_products(model, x, y, x_val, y_val):
@@ -377,30 +417,33 @@ def dot_products(model, x, y, x_val, y_val):
     buffers = attach_directions(model)
     gradient, _ = validation_gradient(model, x_val, y_val)
     set_direction(buffers, gradient)
-    alpha = next(iter(buffers.values())).new_zeros(len(x), requires_grad=True)
+    alpha = next(iter(buffers.values())).new_zeros(len(x), 1, requires_grad=True)
     _, loss = model(x, y, alpha)
     (dots,) = torch.autograd.grad(loss, alpha)
-    return dots * len(x)
+    return dots[:, 0] * len(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The log of dot products in a run's folder, and the values that it adds up to.
+# The log of dot products in a run's folder, and the values that it adds up to. A run has one column of values for each
+# kind of direction and validation set; directions of the same name are those of groups of its validation windows.
 
-LOG_SHAPES = {"iter": 1, "lr": 1, "clip": 1, "sample_id": 2, "dot_product": 2}
+LOG_SHAPES = {"iter": 1, "lr": 1, "clip": 1, "sample_id": 2, "dot_product": 3}
 
 
-def write_log(out_dir, iter_num, entries):
+def write_log(out_dir, iter_num, entries, directions=("all:sgd",)):
     """
     Write the steps before `iter_num` that no earlier file holds to dot_prod/dot_prod_log_iter_<iter_num>.pt:
-    `entries` is a list of {iter: int, lr: float, clip: scalar, sample_id: (B,) int64, dot_product: (B,) float32},
-    which become tensors of one more dimension.
+    `entries` is a list of {iter: int, lr: float, clip: scalar, sample_id: (B,) int64, dot_product: (B, K) float32},
+    which become tensors of one more dimension, but dot_product (k, B) where K = 1; `directions` are the K names.
     """
+    dots = torch.stack([entry["dot_product"] for entry in entries]).float().cpu()
     log = {
         "iter": torch.tensor([entry["iter"] for entry in entries]),
         "lr": torch.tensor([entry["lr"] for entry in entries], dtype=torch.float64),
         "clip": torch.stack([torch.as_tensor(entry["clip"]) for entry in entries]).double().cpu(),
         "sample_id": torch.stack([torch.as_tensor(entry["sample_id"]) for entry in entries]),
-        "dot_product": torch.stack([entry["dot_product"] for entry in entries]).float().cpu(),
+        "dot_product": dots.squeeze(2),
+        "directions": list(directions),
     }
     with atomic_write(os.path.join(out_dir, "dot_prod", f"dot_prod_log_iter_{iter_num}.pt")) as file:
         torch.save(log, file)
@@ -417,53 +460,80 @@ def log_files(out_dir):
 
 def read_log(out_dir):
     """
-    A run's whole log as numpy arrays: iter, lr, clip (k,), sample_id, dot_product (k, B), and value (k, B), in nats:
-    lr * clip / B * dot_product. Raises UserError where there is none, a file does not load, or an iteration is
-    missing or there twice.
+    A run's whole log as numpy arrays: iter, lr, clip (k,), sample_id (k, B), dot_product (k, B, K), the list of their
+    K `directions`, the `scale` (k, 1) = lr * clip / B, and the value (k, B) = scale * dot_product in nats of the first
+    column. Raises UserError where there is none, a file does not load, or an iteration is missing or there twice.
     """
     files = log_files(out_dir)
     if not files:
         raise UserError(f"{out_dir}/dot_prod: no dot-product log there; make one with --score=True --out_dir={out_dir}")
     parts, anew = [], "train it anew in another --out_dir"
     for path in files.values():
-        part = load_torch(path, LOG_SHAPES, anew)
+        part = load_torch(path, [*LOG_SHAPES, "directions"], anew)
         try:
-            shape = part["sample_id"].shape  # (k, B), B the same in all files
+            if part["dot_product"].dim() == 2:
+                part["dot_product"] = part["dot_product"][:, :, None]
+            shape = part["dot_product"].shape  # (k, B, K), B and K the same in all files
             fits = all(part[key].shape == shape[:dims] for key, dims in LOG_SHAPES.items())
             parts.append(part)
-            fits &= len(shape) == 2 and shape[1] == parts[0]["sample_id"].shape[1]
-        except AttributeError:
+            fits &= len(shape) == 3 and shape[1:] == parts[0]["dot_product"].shape[1:]
+            fits &= part["directions"] == parts[0]["directions"] and len(part["directions"]) == shape[2]
+        except (AttributeError, TypeError):
             fits = False
         if not fits:
             raise UserError(f"{path}: not a dot-product log, or of a run with another batch; {anew}")
     log = {key: torch.cat([part[key] for part in parts]).numpy() for key in LOG_SHAPES}
     if not np.array_equal(log["iter"], np.arange(len(log["iter"]))):
         raise UserError(f"{out_dir}/dot_prod: iterations are missing or there twice; {anew}")
-    scale = log["lr"] * log["clip"] / log["sample_id"].shape[1]
-    log["value"] = scale[:, None] * log["dot_product"].astype(np.float64)
+    log["directions"] = parts[0]["directions"]
+    log["scale"] = (log["lr"] * log["clip"] / log["sample_id"].shape[1])[:, None]
+    first, *_ = columns_of(log["directions"]).values()
+    log["value"] = log["scale"] * log["dot_product"][:, :, first].mean(2, dtype=np.float64)
     return log
+
+
+def columns_of(directions):
+    """{name: its places} for a list of names, in order of first appearance."""
+    return {name: [i for i, other in enumerate(directions) if other == name] for name in dict.fromkeys(directions)}
 
 
 def write_values(out_dir):
     """
-    Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,)
-    int64.
+    Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,) int64.
+    Where the run has several columns, `value` is the first and `values` (n, C) are all, named by `columns`; where
+    their directions come in groups of validation windows, `errors` (n, C) are the standard errors.
     """
     log = read_log(out_dir)
     sample_id, where, visits = np.unique(log["sample_id"], return_inverse=True, return_counts=True)
-    value = np.bincount(where.ravel(), weights=log["value"].ravel(), minlength=len(sample_id))
+
+    by_visit = (log["scale"][:, :, None] * log["dot_product"]).reshape(where.size, -1)
+    sums = [np.bincount(where.ravel(), weights=one, minlength=len(sample_id)) for one in by_visit.T]
+    columns = columns_of(log["directions"])
+    groups = [np.stack([sums[k] for k in places]) for places in columns.values()]  # (groups, n) of each column
+    values = np.stack([group.mean(0) for group in groups], 1)
+    arrays = dict(sample_id=sample_id, value=values[:, 0], visits=visits)
+    if len(columns) > 1:
+        arrays |= dict(columns=np.array(list(columns)), values=values)
+    if len(groups[0]) > 1:
+        arrays["errors"] = np.stack([group.std(0, ddof=1) / len(group) ** 0.5 for group in groups], 1)
     with atomic_write(os.path.join(out_dir, "values.npz")) as file:
-        np.savez(file, sample_id=sample_id, value=value, visits=visits)
+        np.savez(file, **arrays)
 
 
-def load_values(out_dir):
-    """(sample_id, value, visits) of a scored run, sorted by id. Raises UserError where they are missing or damaged."""
+def load_values(out_dir, column=""):
+    """
+    (sample_id, value, visits) of a scored run, sorted by id; the value of `column`, or of the first. Raises UserError
+    where they are missing or damaged, or the run has no such column.
+    """
     path = os.path.join(out_dir, "values.npz")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; a run with --score=True writes it when it reaches its max_iters")
     try:
-        with np.load(path, allow_pickle=False) as values:  # which compares every array with its CRC-32
-            sample_id, value, visits = values["sample_id"], values["value"], values["visits"]
+        with np.load(path, allow_pickle=False) as arrays:  # which compares every array with its CRC-32
+            sample_id, value, visits = arrays["sample_id"], arrays["value"], arrays["visits"]
+            columns = list(arrays["columns"]) if "columns" in arrays else []
+            if column in columns:
+                value = arrays["values"][:, columns.index(column)]
         if not (sample_id.shape == value.shape == visits.shape == (sample_id.size,) and np.isfinite(value).all()):
             raise ValueError("arrays of different lengths, or values that are not finite")
         if sample_id.dtype != np.int64 or sample_id[:1].min(initial=0) < 0 or (np.diff(sample_id) <= 0).any():
@@ -472,4 +542,6 @@ def load_values(out_dir):
         raise UserError(
             f"{path}: damaged ({type(error).__name__}: {error}); resume its run, --init_from=resume, to write it again"
         ) from error
+    if column and column not in columns:
+        raise UserError(f"{path}: has no column '{column}', only {', '.join(columns) or 'one'}; leave --filter_column")
     return sample_id, value, visits

@@ -150,7 +150,7 @@ def load_filter(knobs, fingerprint, n_windows):
     """
     if not knobs.filter_from:
         return None
-    sample_id, value, _ = load_values(knobs.filter_from)
+    sample_id, value, _ = load_values(knobs.filter_from, knobs.filter_column)
     path = os.path.join(knobs.filter_from, "config.json")
     try:
         with open(path, encoding="utf-8") as file:

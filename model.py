@@ -1,9 +1,9 @@
 """
 GPT-2, in nanoGPT's shape and with its parameter names, so that checkpoints of either load in the other.
 
-The one addition is `alpha`, a vector of B zeros that rides along to every layer with weights. The forward pass never
-uses it; its gradient is the dot product of every sample's gradient with the direction that the layers hold
-(data_value.py).
+The one addition is `alpha`, zeros of shape (B, K) that ride along to every layer with weights. The forward pass never
+uses them; their gradient is the dot product of every sample's gradient with each of the K directions that the layers
+hold (data_value.py).
 """
 
 import math
@@ -107,7 +107,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, alpha=None):
         """
-        idx, targets: (B, T) int64 token ids, T <= block_size; alpha: (B,) zeros that require a gradient, or None.
+        idx, targets: (B, T) int64 token ids, T <= block_size; alpha: (B, K) zeros that require a gradient, or None.
         Returns (logits (B, T, vocab_size), None) without targets, and (None, loss), the mean token loss in nats, with
         them: the logits of a whole batch are then never in memory (data_value.LossHead).
         """

@@ -45,8 +45,9 @@ from prepare_owt import get_tokenizer, load_meta, open_split, window_domains
 HOUSEKEEPING = {"out_dir", "init_from", "data_dir", "device", "compile", "log_interval", "checkpoint_interval"}
 HOUSEKEEPING |= {"wandb_log", "wandb_project", "wandb_run_name", "process_timeout"}
 # what makes an arm of the comparison; neither these nor scoring change a step, given its batch
-ARM = {"score", "val_batch_size", "value_direction"}
-ARM |= {"filter_from", "filter_pool", "filter_negative", "drop_random"}
+ARM = {"score", "val_batch_size", "val_sets", "val_windows", "val_groups", "val_interval", "val_average"}
+ARM |= {"value_direction", "value_order"}
+ARM |= {"filter_from", "filter_column", "filter_pool", "filter_negative", "drop_random"}
 
 
 @dataclass
@@ -87,10 +88,11 @@ class Group:
         return iters, losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else None
 
 
-def read_run(folder):
+def read_run(folder, test_set=""):
     """
-    The run in `folder`. A last line of metrics.jsonl without its line end is still being written, and left out.
-    Raises UserError where the folder holds no run of train.py, a file is damaged or nothing was evaluated.
+    The run in `folder`, its losses those of the whole test split or of `test_set`, one of the run's val_sets. A last
+    line of metrics.jsonl without its line end is still being written, and left out. Raises UserError where the folder
+    holds no run of train.py, a file is damaged or nothing was evaluated.
     """
     config_path, metrics_path = os.path.join(folder, "config.json"), os.path.join(folder, "metrics.jsonl")
     for path in (config_path, metrics_path):
@@ -99,6 +101,7 @@ def read_run(folder):
             raise UserError(f"{path}: no such file, so {folder} is not the folder of a run; {mend}")
     mend = f"go on with it, python train.py ... --init_from=resume --out_dir={folder}, or train it anew"
     evaluations, lines, where = {}, [], config_path
+    key = f"test_loss_{test_set}" if test_set else "test_loss"
     try:
         with open(config_path, encoding="utf-8") as file:
             config = json.load(file)
@@ -110,7 +113,7 @@ def read_run(folder):
                     break
                 line = json.loads(text)
                 if "test_loss" in line:
-                    evaluations[int(line["iter"])] = float(line["test_loss"])
+                    evaluations[int(line["iter"])] = float(line.get(key, math.nan))
                 else:
                     line["iter"], line["loss"], line["step_ms"]
                     lines.append(line)
@@ -118,6 +121,9 @@ def read_run(folder):
         raise UserError(f"{where}: not what train.py writes ({type(error).__name__}: {error}); {mend}") from error
     if not evaluations:
         raise UserError(f"{metrics_path}: {len(lines)} training lines and no evaluation of the test loss; {mend}")
+    if test_set and all(map(math.isnan, evaluations.values())):
+        found = f"--test_set={test_set}: {folder} was trained with --val_sets={config['knobs'].get('val_sets', 'all')}"
+        raise UserError(f"{found}; train it with --val_sets=all,{test_set}")
     iters = np.array(sorted(evaluations))
     return Run(folder, config, iters, np.array([evaluations[i] for i in iters]), lines)
 
@@ -583,11 +589,17 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="run", help="a run's folder")
     parser.add_argument("--reference", metavar="RUN", help="default: the control among the runs, else the first")
     parser.add_argument("--target_loss", type=float, metavar="NATS", help="default: the reference's final test loss")
+    parser.add_argument(
+        "--test_set", default="", metavar="SET", help="go by the test loss of one of the runs' val_sets"
+    )
     parser.add_argument("--out", default="out/report", metavar="FOLDER", help="for the figures; default: out/report")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the table")
     args = parser.parse_args(argv)
 
-    runs = [read_run(folder) for folder in {os.path.realpath(folder): folder for folder in args.runs}.values()]
+    runs = [
+        read_run(folder, args.test_set)
+        for folder in {os.path.realpath(folder): folder for folder in args.runs}.values()
+    ]
     for run in runs[1:]:
         if run.config["fingerprint"] != runs[0].config["fingerprint"]:
             names = [f"{r.folder} ('{r.knobs['dataset']}')" for r in (runs[0], run)]

@@ -38,7 +38,9 @@ from data_value import (
     attach_directions,
     load_values,
     log_files,
+    mean_gradient,
     read_log,
+    retreat_to_midpoint,
     set_direction,
     validation_gradient,
     weight_gradient_shapes,
@@ -48,7 +50,7 @@ from data_value import (
 from files import atomic_write, load_torch, lock, writing
 from loader import TEST, VAL, WindowOrder, count_windows, get_batch, hash_of, load_filter, micro_batches, training_order
 from model import GPT, GPTConfig
-from prepare_owt import get_tokenizer, load_meta, open_split
+from prepare_owt import get_tokenizer, load_meta, open_split, window_domains
 from processes import average_over_ranks, how_to_resume, keep_freed_memory, processes, watch_sigterm
 
 
@@ -74,9 +76,18 @@ class Knobs:
     # the values
     score: bool = False  # value every window of every batch
     val_batch_size: int = 1  # m, the validation windows that a direction is made of, drawn anew every iteration
-    value_direction: str = "sgd"  # 'sgd': the validation gradient; 'adam': the same as AdamW would scale it
+    val_sets: str = "all"  # of the val split: 'all', domains, or other corpora of data_dir; 'a,b': values for each
+    val_windows: int = 0  # draw only from so many windows of each set; 0: from all
+    val_groups: int = 1  # make a direction of each of so many parts of the m windows, for standard errors
+    val_interval: int = 1  # iterations for which a validation gradient serves
+    val_average: float = 0.0  # half-life, in iterations, of a running average of validation gradients; 0: none
+    # 'sgd': the validation gradient; 'adam': the same as AdamW would scale it; 'sgd-wte', 'adam-wte': without the tied
+    # embedding; several, as in 'sgd,adam': values for each
+    value_direction: str = "sgd"
+    value_order: int = 1  # 2: the validation gradient at the step's midpoint, in a second pass over the batch
     # the filter
     filter_from: str = ""  # the folder of the scored run whose values decide
+    filter_column: str = ""  # which of its values, as '<set>:<direction>'; the first by default
     filter_pool: str = "scored"  # draw from the windows it has 'scored', or from 'all' of the corpus
     filter_negative: bool = False  # reject windows of negative value
     drop_random: float = 0.0  # reject this share of the windows at random instead (a control)
@@ -113,7 +124,8 @@ class Knobs:
         for key, value in asdict(self).items():
             if type(value) in (int, float):
                 check(value >= 0, f"--{key}={value}: must not be negative")
-                may_be_zero = type(value) is float or key in ("seed", "vocab_size", "warmup_iters", "lr_decay_iters")
+                may_be_zero = ("seed", "vocab_size", "warmup_iters", "lr_decay_iters", "val_windows")
+                may_be_zero = type(value) is float or key in may_be_zero
                 check(value > 0 or may_be_zero, f"--{key}={value}: must be positive")
             elif type(value) is str:
                 check(value.isprintable(), f"--{key}={value!r}: has characters that cannot be printed")
@@ -125,15 +137,28 @@ class Knobs:
         check(bool(self.out_dir), "--out_dir=: give the run a folder")
         for key in ("dropout", "drop_random", "beta1", "beta2"):
             check(getattr(self, key) < 1, f"--{key}={getattr(self, key)}: must be below 1")
-        choices = dict(value_direction=("sgd", "adam"), filter_pool=("scored", "all"), optimizer=("adamw", "sgd"))
+        choices = dict(value_order=(1, 2), filter_pool=("scored", "all"), optimizer=("adamw", "sgd"))
         for key, allowed in choices.items():
-            check(getattr(self, key) in allowed, f"--{key}={getattr(self, key)}: expected {' or '.join(allowed)}")
+            expected = f"expected {' or '.join(map(str, allowed))}"
+            check(getattr(self, key) in allowed, f"--{key}={getattr(self, key)}: {expected}")
+        kinds = self.value_direction.split(",")
+        known = set(kinds) <= {"sgd", "adam", "sgd-wte", "adam-wte"} and len(set(kinds)) == len(kinds)
+        expected = "expected sgd, adam, sgd-wte, adam-wte, or several, each once: sgd,adam"
+        check(known, f"--value_direction={self.value_direction}: {expected}")
+        sets = self.val_sets.split(",")
+        check(all(sets) and len(set(sets)) == len(sets), f"--val_sets={self.val_sets}: expected names, each once: a,b")
+        m, groups, windows = self.val_batch_size, self.val_groups, self.val_windows
+        check(m % groups == 0, f"--val_groups={groups}: does not divide --val_batch_size={m}")
+        check(not windows or windows >= m, f"--val_windows={windows}: fewer than --val_batch_size={m}")
+        fresh = self.val_interval == 1 and not self.val_average
+        midpoint = "--value_order=2 takes its gradient at the midpoint of the step: no --val_interval or --val_average"
+        check(self.value_order == 1 or fresh, midpoint)
         float16 = "float16 needs a loss scaler, which would scale the values too; " if self.dtype == "float16" else ""
         check(self.dtype in ("bfloat16", "float32"), f"--dtype={self.dtype}: {float16}expected bfloat16 or float32")
         heads = f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}"
         check(self.n_embd % self.n_head == 0, heads)
         adam = "--value_direction=adam needs --optimizer=adamw, whose scaling it takes"
-        check(self.value_direction == "sgd" or self.optimizer == "adamw" or not self.score, adam)
+        check("adam" not in self.value_direction or self.optimizer == "adamw" or not self.score, adam)
         check(
             not (self.filter_negative and self.drop_random),
             "--filter_negative and --drop_random are two arms: take one",
@@ -161,7 +186,7 @@ FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name", "proce
 
 # what a checkpoint holds
 CHECKPOINT = ("model", "optimizer", "model_args", "iter_num", "position", "negative", "knobs", "fingerprint")
-CHECKPOINT += ("metrics_bytes", "order")
+CHECKPOINT += ("metrics_bytes", "order", "val_gradients")
 
 
 def get_lr(it, knobs):
@@ -240,16 +265,52 @@ def load_corpus(knobs):
     n_windows = {split: count_windows(tokens, knobs.block_size) for split, tokens in data.items()}
     needed = dict(
         train=knobs.batch_size * knobs.gradient_accumulation_steps,
-        val=knobs.val_batch_size if knobs.score else 0,
         test=1,
-    )
-    for split, n in n_windows.items():
+    )  # open_sets asks for val
+    for split in needed:
+        n = n_windows[split]
         if n < needed[split]:
-            flags = dict(train="batch_size or --gradient_accumulation_steps", val="val_batch_size", test="block_size")
-            flag = flags[split if n else "test"]
+            flag = "batch_size or --gradient_accumulation_steps" if n else "block_size"
             found = f"{len(data[split])} tokens make {n} windows of {knobs.block_size}, and {needed[split]} are needed"
             raise UserError(f"{folder}/{split}.bin: {found}; lower --{flag} or prepare a larger corpus")
     return meta, data, n_windows
+
+
+def open_sets(knobs, meta, data, split, seed, stream):
+    """
+    {name: (its Tokens, the WindowOrder of its windows)} of `split` of val_sets. Raises UserError for a set that is
+    neither a domain nor a corpus, or has too few windows.
+    """
+    T, sets = knobs.block_size, {}
+    folder = os.path.join(knobs.data_dir, knobs.dataset)
+    needed = max(knobs.val_batch_size, knobs.val_windows) if split == "val" else 1
+    for name in knobs.val_sets.split(","):
+        where, tokens, ids = folder, data[split], None
+        if name in meta["domains"] and name != "all":
+            ids = np.arange(count_windows(tokens, T))
+            ids = ids[window_domains(folder, split, ids, T, meta) == meta["domains"].index(name)]
+        elif name != "all":
+            where = os.path.join(knobs.data_dir, name)
+            if not os.path.isfile(os.path.join(where, "meta.json")):
+                found = f"'{name}' is no corpus in {knobs.data_dir} and no domain of {knobs.dataset}"
+                raise UserError(f"--val_sets={knobs.val_sets}: {found}; there are: all, {', '.join(meta['domains'])}")
+            theirs = load_meta(where)
+            if theirs["tokenizer"] != meta["tokenizer"]:
+                found = f"'{name}' has the tokenizer {theirs['tokenizer']}, {knobs.dataset} has {meta['tokenizer']}"
+                mend = f"prepare it with --tokenizer={meta['tokenizer']}"
+                raise UserError(f"--val_sets={knobs.val_sets}: {found}; {mend}")
+            tokens = open_split(where, split, theirs)
+        n = count_windows(tokens, T) if ids is None else len(ids)
+        if n < needed:
+            flag = "val_batch_size or --val_windows" if split == "val" else "block_size"
+            found = f"'{name}' has {n} windows of {T} tokens, and {needed} are needed"
+            raise UserError(f"{where}/{split}.bin: {found}; lower --{flag} or prepare a larger corpus")
+        order = WindowOrder(n, seed, stream, ids)
+        if split == "val" and knobs.val_windows:
+            few, _ = order.take(0, knobs.val_windows)
+            order = WindowOrder(len(few), seed, stream, few)
+        sets[name] = tokens, order
+    return sets
 
 
 def open_checkpoint(knobs, ckpt_path, fingerprint):
@@ -289,10 +350,18 @@ def train(knobs, rank, world, stack):
     scored = load_filter(knobs, meta["fingerprint"], n_windows["train"])
     filter_knobs = knobs.filter_negative, knobs.filter_pool, knobs.drop_random
     order, coverage = training_order(n_windows["train"], knobs.seed, *filter_knobs, scored)
-    val_order = WindowOrder(n_windows["val"], knobs.seed, VAL)
-    n_test = min(n_windows["test"], knobs.eval_iters * B)  # however the batch is cut into micro-batches
-    n_test -= n_test % B if n_test > B else 0  # full batches: torch.compile makes a graph for every shape
-    test_ids, _ = WindowOrder(n_windows["test"], 0, TEST).take(0, n_test)  # the same for all seeds
+    val_sets = open_sets(knobs, meta, data, "val", knobs.seed, VAL) if knobs.score else {}
+    kinds = knobs.value_direction.split(",")
+    directions = [f"{name}:{kind}" for name in val_sets for kind in kinds for _ in range(knobs.val_groups)]
+    test_sets = {"": (data["test"], WindowOrder(n_windows["test"], 0, TEST))}  # the same for all seeds
+    for name, test_set in open_sets(knobs, meta, data, "test", 0, TEST).items():
+        if name != "all":
+            test_sets[f"_{name}"] = test_set
+    test_ids = {}
+    for name, (_, windows) in test_sets.items():
+        n = min(windows.n, knobs.eval_iters * B)  # however the batch is cut into micro-batches
+        n -= n % B if n > B else 0  # full batches: torch.compile makes a graph for every shape
+        test_ids[name], _ = windows.take(0, n)
 
     # the model and the optimiser
     ckpt_path = os.path.join(knobs.out_dir, "ckpt.pt")
@@ -320,7 +389,8 @@ def train(knobs, rank, world, stack):
     optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas)
     params = list(model.parameters())
     iter_num, position = 0, 0
-    negative = []  # the share of dot products below zero, for each iteration since the last printed line
+    negative = []  # the share of values below zero, for each iteration since the last printed line
+    val_gradients = []  # {parameter: gradient} of each group of windows of each validation set
     if resume:
         if checkpoint["order"] != order.digest():
             mend = "bring its values.npz back, or train anew in another --out_dir"
@@ -328,6 +398,8 @@ def train(knobs, rank, world, stack):
         optimizer.load_state_dict(checkpoint["optimizer"])
         iter_num, position = checkpoint["iter_num"], checkpoint["position"]
         negative = list(torch.tensor(checkpoint["negative"], device=knobs.device))
+        for gradient in checkpoint["val_gradients"]:
+            val_gradients.append({p: g.to(knobs.device) for p, g in zip(params, gradient, strict=True)})
         knobs.init_from = checkpoint["knobs"]["init_from"]  # what config.json shall go on saying
     if world > 1:
         dist.barrier()  # all have seen the folder as it was
@@ -347,7 +419,7 @@ def train(knobs, rank, world, stack):
             if reached != iter_num:
                 raise UserError(f"{knobs.out_dir}/dot_prod: ends at iteration {reached}, {ckpt_path} at {iter_num}")
     del checkpoint
-    buffers = attach_directions(model) if knobs.score else None
+    buffers = attach_directions(model, len(directions)) if knobs.score else None
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if knobs.compile else model
     net = compiled  # what trains; validation and evaluation need no averaging of gradients
     if world > 1:  # the buffers are the directions, which every rank computes
@@ -376,28 +448,83 @@ def train(knobs, rank, world, stack):
             dist.all_reduce(tensor)
         return tensor
 
+    lasting = knobs.val_interval > 1 or knobs.val_average > 0  # validation gradients serve more than one iteration
     if knobs.score:
         data_value.use_triton = False
         shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type)
-        faster, reason = kernels.choose(knobs.device, shapes, getattr(torch, knobs.dtype), data_value.add_samples)
+        dtype = getattr(torch, knobs.dtype)
+        faster, reason = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, len(directions))
         data_value.use_triton = total(torch.tensor(float(faster), device=knobs.device)).item() == world
         if rank == 0:
             print(reason)
 
-    def batch(split, ids):
-        return get_batch(data[split], ids, knobs.block_size, model.config.vocab_size, knobs.device)
+    def batch(tokens, ids):
+        return get_batch(tokens, ids, knobs.block_size, model.config.vocab_size, knobs.device)
 
     @torch.no_grad()
-    def evaluate(split, ids):
+    def evaluate(tokens, ids):
         """Mean loss in nats of the windows `ids`, in eval mode; the ranks take turns at the batches."""
         model.eval()
         loss = torch.zeros((), device=knobs.device)
         for start in range(rank * knobs.batch_size, len(ids), world * knobs.batch_size):
             chunk = ids[start : start + knobs.batch_size]
             with autocast:
-                loss += compiled(*batch(split, chunk))[1] * (len(chunk) / len(ids))
+                loss += compiled(*batch(tokens, chunk))[1] * (len(chunk) / len(ids))
         model.train()
         return total(loss).item()
+
+    def val_ids(name, iter_num):
+        """The windows of a validation set in an iteration's direction."""
+        return val_sets[name][1].take(iter_num // knobs.val_interval * knobs.val_batch_size, knobs.val_batch_size)[0]
+
+    def set_directions(stepped=False):
+        """Fill the directions' buffers, from fresh validation gradients if it is time; their mean loss or the last."""
+        nonlocal val_loss
+        if iter_num % knobs.val_interval == 0:
+            fresh, losses = [], []
+            for name, (tokens, _) in val_sets.items():
+                for ids in np.split(val_ids(name, iter_num), knobs.val_groups):
+                    mine = np.array_split(ids, world)[rank]
+                    with autocast:
+                        gradient, loss = validation_gradient(compiled, *batch(tokens, mine), knobs.batch_size)
+                    if world > 1:
+                        average_over_ranks(gradient, loss, len(mine) / len(ids))
+                    fresh.append(gradient)
+                    losses.append(loss)
+            val_loss = torch.stack(losses).mean()
+            if knobs.val_average and val_gradients:
+                passes, decay = iter_num // knobs.val_interval + 1, 0.5 ** (knobs.val_interval / knobs.val_average)
+                for old, new in zip(val_gradients, fresh, strict=True):  # with its start corrected, as Adam's
+                    weight = (1 - decay) / (1 - decay**passes)
+                    torch._foreach_lerp_([old[p] for p in params], [new[p] for p in params], weight)
+            else:
+                val_gradients[:] = fresh
+        k = 0
+        for i in range(0, len(val_gradients), knobs.val_groups):
+            groups = val_gradients[i : i + knobs.val_groups]
+            mean = mean_gradient(groups)
+            for kind in kinds:
+                for gradient in groups:
+                    scaling = optimizer if kind.startswith("adam") else None
+                    without = model.lm_head.weight if kind.endswith("-wte") else None
+                    set_direction(buffers, gradient, scaling, k, stepped, without, mean)
+                    k += 1
+
+    def forward(net, step, ids, scored):
+        """The loss of a micro-batch as its part of the rank's, and its alpha if it is scored."""
+        size = knobs.batch_size, len(directions)
+        alpha = torch.zeros(size, device=knobs.device, requires_grad=True) if scored else None
+        if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
+            torch.manual_seed(hash_of(knobs.seed, iter_num, step))
+        with autocast:
+            return net(*batch(data["train"], ids), alpha)[1] / micro_steps, alpha
+
+    def note(*numbers):
+        """The first numbers of which one is not finite, on any process, stay in `bad`."""
+        nonlocal bad
+        numbers = torch.stack([torch.full_like(numbers[0], iter_num), *numbers])
+        not_finite = total((~numbers.isfinite().all()).float()) > 0
+        bad = torch.where(not_finite & (bad[0] < 0), numbers, bad)
 
     def record(metrics, line):
         if rank == 0:
@@ -423,16 +550,16 @@ def train(knobs, rank, world, stack):
         message = f"iteration {bad_iter}: not every number is finite ({names.format(*numbers)})"
         if rank == 0:
             model.eval()
-            sets = [("train", recent[bad_iter])]
+            sets = [("train", data["train"], recent[bad_iter])]
             if not math.isfinite(numbers[2]):
-                sets.append(("val", val_order.take(bad_iter * knobs.val_batch_size, knobs.val_batch_size)[0]))
-            for split, ids in sets:
+                sets += [(f"val ({name})", val_sets[name][0], val_ids(name, bad_iter)) for name in val_sets]
+            for name, tokens, ids in sets:
                 with torch.no_grad(), autocast:
-                    losses = [model(*batch(split, ids[i : i + 1]))[1].item() for i in range(len(ids))]
+                    losses = [model(*batch(tokens, ids[i : i + 1]))[1].item() for i in range(len(ids))]
                 worst = int(np.nan_to_num(losses, nan=np.inf).argmax())
-                tokens = data[split].windows(ids[worst : worst + 1], knobs.block_size)[0].tolist()
-                text = get_tokenizer(meta["tokenizer"]).decode(tokens)
-                message += f"; its {split} windows are {', '.join(map(str, ids))}; the worst of them, {ids[worst]}, "
+                window = tokens.windows(ids[worst : worst + 1], knobs.block_size)[0].tolist()
+                text = get_tokenizer(meta["tokenizer"]).decode(window)
+                message += f"; its {name} windows are {', '.join(map(str, ids))}; the worst of them, {ids[worst]}, "
                 message += f"with a loss of {losses[worst]:.4g}, reads {text!r}"
         if world > 1:
             dist.barrier()  # torchrun ends all of them soon after the first
@@ -448,14 +575,14 @@ def train(knobs, rank, world, stack):
         if not torch.isfinite(torch.nn.utils.get_total_norm(params)):
             stop_run(f"iteration {iter_num}: the parameters are not finite; lower --learning_rate={lr:g}")
         if entries:
-            dots = torch.stack([entry["dot_product"] for entry in entries])  # (k, B / world)
+            dots = torch.stack([entry["dot_product"] for entry in entries])  # (k, B / world, K)
             parts = [torch.empty_like(dots) for _ in range(world)] if rank == 0 else None
             if world > 1:
                 dist.gather(dots, parts)
             if rank == 0:
                 dots = torch.cat(parts, dim=1) if world > 1 else dots
                 logged = [entry | {"dot_product": row} for entry, row in zip(entries, dots, strict=True)]
-                write_log(knobs.out_dir, iter_num, logged)
+                write_log(knobs.out_dir, iter_num, logged, directions)
             entries.clear()
         shares = (total(torch.stack(negative)) / world).tolist() if negative else []
         if rank == 0:
@@ -472,6 +599,7 @@ def train(knobs, rank, world, stack):
                 "knobs": asdict(knobs),
                 "fingerprint": meta["fingerprint"],
                 "metrics_bytes": os.path.getsize(metrics_path),
+                "val_gradients": [[g[p] for p in params] for g in val_gradients] if lasting else [],
             }
             with atomic_write(ckpt_path) as file:
                 torch.save(state, file)
@@ -481,6 +609,7 @@ def train(knobs, rank, world, stack):
     # training
     model.train()
     lr = 0.0
+    val_loss = torch.zeros((), device=knobs.device)
     entries = []  # the dot products since the last checkpoint, left on the device
     recent = {}  # iteration: its windows, since the last check of the numbers
     # iteration, loss, gradient norm, validation loss and sum of dot products of the first step where one of them is not
@@ -501,10 +630,11 @@ def train(knobs, rank, world, stack):
             return
         if last or iter_num % knobs.eval_interval == 0:
             check_numbers()
-            test_loss = evaluate("test", test_ids)
-            if not math.isfinite(test_loss):
-                stop_run(f"iteration {iter_num}: the test loss is {test_loss}")
-            record({"iter": iter_num, "test_loss": test_loss}, f"iter {iter_num}: test loss {test_loss:.4f}")
+            losses = {f"test_loss{name}": evaluate(test_sets[name][0], ids) for name, ids in test_ids.items()}
+            if not all(map(math.isfinite, losses.values())):
+                stop_run(f"iteration {iter_num}: a test loss is not finite: {losses}")
+            said = ", ".join(f"{name.replace('_', ' ', 2)} {loss:.4f}" for name, loss in losses.items())
+            record({"iter": iter_num} | losses, f"iter {iter_num}: {said}")
         if last:
             break
         clock += time.perf_counter() - paused
@@ -514,35 +644,26 @@ def train(knobs, rank, world, stack):
             group["lr"] = lr
         report = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
 
-        # the direction: validation windows of this iteration's own, before the batch is seen
-        if knobs.score:
-            val_start = synchronized_time(device_type) if report else 0.0
-            val_ids, _ = val_order.take(iter_num * knobs.val_batch_size, knobs.val_batch_size)
-            mine = np.array_split(val_ids, world)[rank]
-            with autocast:
-                gradient, val_loss = validation_gradient(compiled, *batch("val", mine), knobs.batch_size)
-            if world > 1:
-                average_over_ranks(gradient, val_loss, len(mine) / len(val_ids))
-            val_ms = (synchronized_time(device_type) - val_start) * 1000 if report else 0.0
-            set_direction(buffers, gradient, optimizer if knobs.value_direction == "adam" else None)
-            before = [p.detach().clone() for p in params] if report else None
+        # the directions: validation windows of this iteration's own, before the batch is seen
+        if knobs.score and report:
+            tokens = val_sets[next(iter(val_sets))][0]
+            val_before = evaluate(tokens, val_ids(next(iter(val_sets)), iter_num))
+        started = synchronized_time(device_type) if report else 0.0
+        if knobs.score and knobs.value_order == 1:
+            set_directions()
+        val_ms = (synchronized_time(device_type) - started) * 1000 if report else 0.0
 
         # forward and backward; the gradient of alpha is the dot products
         ids, position = order.take(position, B)
         mean_loss, dots = 0.0, []
         micro = micro_batches(ids, knobs.batch_size, rank, world)
         for step, micro_ids in micro:
-            x, y = batch("train", micro_ids)
-            alpha = torch.zeros(knobs.batch_size, device=knobs.device, requires_grad=True) if knobs.score else None
-            if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
-                torch.manual_seed(hash_of(knobs.seed, iter_num, step))
             if world > 1:
                 net.require_backward_grad_sync = step == micro[-1][0]
-            with autocast:
-                loss = net(x, y, alpha)[1] / micro_steps
+            loss, alpha = forward(net, step, micro_ids, knobs.score and knobs.value_order == 1)
             loss.backward()
             mean_loss = mean_loss + loss.detach()
-            if knobs.score:
+            if alpha is not None:
                 dots.append(alpha.grad * (knobs.batch_size * micro_steps))
 
         # the step
@@ -550,19 +671,33 @@ def train(knobs, rank, world, stack):
         clip = (knobs.grad_clip / (norm + 1e-6)).clamp(max=1.0) if knobs.grad_clip else torch.ones_like(norm)
         if knobs.grad_clip:
             torch._foreach_mul_([p.grad for p in params], clip)
-        if knobs.score:
-            dots = torch.cat(dots)
-        of_values = [val_loss, dots.sum()] if knobs.score else [torch.zeros_like(norm)] * 2
-        numbers = torch.stack([torch.full_like(norm, iter_num), mean_loss, norm, *of_values])
-        not_finite = total((~numbers.isfinite().all()).float()) > 0  # on any process
-        bad = torch.where(not_finite & (bad[0] < 0), numbers, bad)
+        note(mean_loss, norm, val_loss, sum((part.sum() for part in dots), torch.zeros_like(norm)))
         recent[iter_num] = ids
         optimizer.found_inf = (bad[0] >= 0).float()
+        theta = [p.detach().clone() for p in params] if knobs.score and (report or knobs.value_order == 2) else None
         optimizer.step()
+
+        # to second order: the directions at the step's midpoint, and the batch once more where the step began
+        if knobs.score and knobs.value_order == 2:
+            stepped = [p.detach().clone() for p in params]
+            started = synchronized_time(device_type) if report else 0.0
+            retreat_to_midpoint(optimizer)
+            set_directions(stepped=True)
+            val_ms = (synchronized_time(device_type) - started) * 1000 if report else 0.0
+            with torch.no_grad():
+                torch._foreach_copy_(params, theta)
+            for step, micro_ids in micro:
+                loss, alpha = forward(compiled, step, micro_ids, True)
+                dots.append(torch.autograd.grad(loss, alpha)[0] * (knobs.batch_size * micro_steps))
+            with torch.no_grad():
+                torch._foreach_copy_(params, stepped)
+            note(mean_loss, norm, val_loss, torch.cat(dots).sum())
         optimizer.zero_grad(set_to_none=True)
         if knobs.score:
+            dots = torch.cat(dots)
             entries.append(dict(iter=iter_num, lr=lr, clip=clip, sample_id=ids, dot_product=dots))
-            negative.append((dots < 0).float().mean())
+            first = dots[:, : knobs.val_groups].mean(1)  # of the first column
+            negative.append((first < 0).float().mean())
         timed += 1
 
         if report:
@@ -572,16 +707,17 @@ def train(knobs, rank, world, stack):
             metrics["tokens_per_s"] = B * knobs.block_size / metrics["step_ms"] * 1000
             line = "iter {iter}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms"
             if knobs.score:
-                change = [p.detach() - b for p, b in zip(params, before, strict=True)]
+                gradient = mean_gradient(val_gradients[: knobs.val_groups])
+                change = [p.detach() - b for p, b in zip(params, theta, strict=True)]
                 metrics["negative"] = total(torch.stack(negative).mean()).item() / world
                 metrics["predicted"] = -sum((gradient[p] * d).sum() for p, d in zip(params, change, strict=True)).item()
-                metrics["realised"] = val_loss.item() - evaluate("val", val_ids)
-                metrics["value_sum"] = total(lr * clip / B * dots.sum()).item()
+                metrics["realised"] = val_before - evaluate(tokens, val_ids(next(iter(val_sets)), iter_num))
+                metrics["value_sum"] = total(lr * clip / B * first.sum()).item()
                 metrics["val_ms"] = val_ms
                 line += " ({val_ms:.0f} validation), {negative:.1%} negative; validation loss: predicted drop "
                 line += "{predicted:.2e}, realised {realised:.2e}, sum of values {value_sum:.2e}"
                 negative.clear()
-                del before, change
+                del change
             record(metrics, line.format(**metrics))
             clock, timed = time.perf_counter(), 0
         iter_num += 1

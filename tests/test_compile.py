@@ -22,7 +22,7 @@ def steps(model, net, buffers, n, autocast, B=4, m=2, T=16):
         with autocast:
             gradient, _ = validation_gradient(net, x_val, y_val)
         set_direction(buffers, gradient, optimizer)
-        alpha = torch.zeros(B, requires_grad=True)
+        alpha = torch.zeros(B, 1, requires_grad=True)
         with autocast:
             loss = net(x, y, alpha)[1]
         loss.backward()
@@ -32,7 +32,7 @@ def steps(model, net, buffers, n, autocast, B=4, m=2, T=16):
         with torch.no_grad(), autocast:
             test_loss = net(x, y)[1]
         model.train()
-        results.append(torch.cat([alpha.grad * B, loss.detach()[None], test_loss[None]]))
+        results.append(torch.cat([alpha.grad[:, 0] * B, loss.detach()[None], test_loss[None]]))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return torch.stack(results), graphs
 

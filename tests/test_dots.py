@@ -123,11 +123,11 @@ def scored_backward(model, batches, autocast=None):
     """What train.py does with the micro-batches of a step: the dots of all their samples, the gradient in `.grad`."""
     dots = []
     for x, y in batches:
-        alpha = torch.zeros(len(x), dtype=next(model.parameters()).dtype, requires_grad=True)
+        alpha = torch.zeros(len(x), 1, dtype=next(model.parameters()).dtype, requires_grad=True)
         with autocast or nullcontext():
             loss = model(x, y, alpha)[1] / len(batches)
         loss.backward()
-        dots.append(alpha.grad * len(x) * len(batches))
+        dots.append(alpha.grad[:, 0] * len(x) * len(batches))
     return torch.cat(dots)
 
 

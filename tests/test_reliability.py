@@ -53,6 +53,7 @@ def same_run(a, b, exact=True):
         assert x == y if exact else x == pytest.approx(y, rel=1e-3, abs=1e-6)
     logs, values = (read_log(a), read_log(b)), (load_values(a), load_values(b))
     assert np.array_equal(logs[0]["sample_id"], logs[1]["sample_id"])
+    assert logs[0].pop("directions") == logs[1].pop("directions")
     pairs = [*zip(logs[0].values(), logs[1].values(), strict=True), *zip(*values, strict=True)]
     states = [torch.load(f"{run}/ckpt.pt", weights_only=True) for run in (a, b)]
     pairs += [(states[0]["model"][key], states[1]["model"][key]) for key in states[0]["model"]]

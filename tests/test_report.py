@@ -70,7 +70,7 @@ def make_log(folder, values, sample_id):
     os.makedirs(f"{folder}/dot_prod")
     log = dict(iter=torch.arange(k), lr=torch.full((k,), 0.5).double(), clip=torch.ones(k).double())
     log |= dict(sample_id=torch.tensor(sample_id), dot_product=torch.tensor(values * B / 0.5, dtype=torch.float32))
-    torch.save(log, f"{folder}/dot_prod/dot_prod_log_iter_{k}.pt")
+    torch.save(log | dict(directions=["all:sgd"]), f"{folder}/dot_prod/dot_prod_log_iter_{k}.pt")
     write_values(folder)
 
 
@@ -132,6 +132,23 @@ def test_the_saving_against_a_noisy_control(capsys):
     assert rows["control"]["saved"]["mean"] == 0
     assert rows["control"]["final_loss"]["mean"] == 3.0 and rows["control"]["best_loss"]["mean"] == 2.9
     assert rows["filtered"]["coverage"] == COVERAGE
+
+
+def test_the_loss_of_one_of_the_validation_sets(capsys):
+    for name, arm, losses in (("control", CONTROL, [5, 4, 3, 2, 1]), ("filtered", FILTERED, [5, 3, 1, 1, 1])):
+        folder = make_run(f"out/{name}", [5, 4, 3, 2, 2], **arm, val_sets="all,odd")
+        with open(f"{folder}/metrics.jsonl") as file:
+            lines = [json.loads(line) for line in file]
+        for line, loss in zip((line for line in lines if "test_loss" in line), losses, strict=True):
+            line["test_loss_odd"] = loss
+        with open(f"{folder}/metrics.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    for flags, saved in (([], 0.0), (["--test_set=odd"], 0.5)):
+        report.main(["out/control", "out/filtered", "--json", *flags])
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert [row["saved"]["mean"] for row in rows] == [0.0, saved]
+    with pytest.raises(SystemExit, match="trained with --val_sets=all,odd; train it with --val_sets=all,even"):
+        report.main(["out/control", "--test_set=even"])
 
 
 def test_a_saving_is_negative_or_absent_where_it_is(capsys):

@@ -74,10 +74,18 @@ def test_the_number_of_processes_changes_nothing(home, n):  # noqa: F811
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-8)
 
 
-def test_adamw_and_its_direction_on_two_processes(home):  # noqa: F811
+@pytest.mark.parametrize(
+    "directions",
+    [
+        "--val_batch_size=3 --value_direction=adam",
+        "--val_batch_size=6 --value_direction=sgd,adam --value_order=2 --val_sets=even,all --val_groups=2",
+        "--val_batch_size=3 --value_direction=adam,sgd-wte --val_interval=3 --val_average=4",
+    ],
+)
+def test_adamw_and_its_direction_on_two_processes(home, directions):  # noqa: F811
     """Without biases: those of the keys have no gradient but rounding, which AdamW makes steps of."""
-    flags = f"{TINY} --score=True --batch_size=1 --gradient_accumulation_steps=4 --val_batch_size=3 --bias=False"
-    flags += " --value_direction=adam --dropout=0.1"
+    flags = f"{TINY} --score=True --batch_size=1 --gradient_accumulation_steps=4 --bias=False --dropout=0.1"
+    flags += f" {directions}"
     call(train.main, f"{flags} --out_dir=out/one")
     torchrun(2, f"{flags} --out_dir=out/two")
     same_run("out/two", "out/one", exact=False)

@@ -45,7 +45,7 @@ def sum_of_values_and_realised_drop(lr, steps, micro_steps=2):
         set_direction(buffers, validation_gradient(model, x_val, y_val)[0])
         for _ in range(micro_steps):
             x, y = structured(4)
-            alpha = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+            alpha = torch.zeros(4, 1, dtype=torch.float64, requires_grad=True)
             (model(x, y, alpha)[1] / micro_steps).backward()
             B = 4 * micro_steps
             total += (lr / B * (alpha.grad * B)).sum().item()
@@ -85,7 +85,7 @@ def test_the_adam_direction_against_its_formula(steps):
     for p, g in gradient.items():
         # rtol: AdamW counts its steps in float32
         v = (beta2 * second_moment[p] + (1 - beta2) * g**2) / (1 - beta2 ** (steps + 1))
-        torch.testing.assert_close(buffers[p], g / (v.sqrt() + eps), rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(buffers[p][0], g / (v.sqrt() + eps), rtol=1e-6, atol=1e-12)
         assert buffers[p].abs().max() <= (1 / (1 - beta2)) ** 0.5  # an empty state would give up to |g| / eps
 
 
@@ -99,7 +99,7 @@ def test_values_are_summed_over_visits(tmp_path_factory, seed, B, files):
         for _ in range(k):
             ids, dots = rng.integers(0, 8, B), torch.tensor(rng.normal(size=B), dtype=torch.float32)
             lr, clip = rng.random(), torch.tensor(rng.random(), dtype=torch.float32)
-            entries.append(dict(iter=n, lr=lr, clip=clip, sample_id=ids, dot_product=dots))
+            entries.append(dict(iter=n, lr=lr, clip=clip, sample_id=ids, dot_product=dots[:, None]))
             for i, dot in zip(ids, dots.tolist(), strict=True):
                 oracle[i] = oracle.get(i, 0.0) + lr * clip.item() / B * dot
                 visits[i] = visits.get(i, 0) + 1
@@ -114,7 +114,7 @@ def test_values_are_summed_over_visits(tmp_path_factory, seed, B, files):
 
 
 def entry(n, B=2):
-    return dict(iter=n, lr=0.1, clip=1.0, sample_id=np.arange(B), dot_product=torch.ones(B))
+    return dict(iter=n, lr=0.1, clip=1.0, sample_id=np.arange(B), dot_product=torch.ones(B, 1))
 
 
 def test_a_gap_or_a_repetition_in_the_log_is_refused(tmp_path):
