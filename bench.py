@@ -7,9 +7,11 @@ What scoring costs: a scored step beside a plain one, stock PyTorch's and one ba
 
 A step is forward, backward and AdamW, without clipping. (a) stock: the same model of torch.nn modules, all logits at
 once; (b) plain: model.py without alpha; (c) val: the validation gradient alone; (d) scored: (c), the direction, and a
-step with alpha; (e) brute: (c) and a backward pass for each sample. The arms take turns within a round, the first of
+step with alpha; (e) order2: (b), (c) at the step's midpoint, and the batch again with alpha; (f) brute: (c) and a
+backward pass for each sample. The arms take turns within a round, the first of
 a round moves on by one, and every ratio is of two times of the same round: medians and quartiles over the rounds.
-overhead = (scored - val) / plain - 1 is what scoring costs beyond the validation windows; total = scored / plain - 1.
+overhead = (scored - val) / plain - 1 is what scoring costs beyond the validation windows; total = scored / plain - 1;
+order2_over_plain = (order2 - val) / plain.
 
 Peak memory is that of two forward and backward passes without the optimiser, each arm in a process of its own, above
 the resident size after import: weights, activations, gradients and the direction.
@@ -31,7 +33,13 @@ from torch.nn import functional as F
 import data_value
 import kernels
 from configurator import UserError, configure
-from data_value import attach_directions, set_direction, validation_gradient, weight_gradient_shapes
+from data_value import (
+    attach_directions,
+    retreat_to_midpoint,
+    set_direction,
+    validation_gradient,
+    weight_gradient_shapes,
+)
 from model import GPT, GPTConfig
 from processes import keep_freed_memory
 
@@ -50,6 +58,7 @@ class Knobs:
     compile: bool = False
     device: str = "cpu"
     value_direction: str = "adam"  # or 'sgd'
+    n_directions: int = 1  # dotted in the same backward, the first of them with a validation pass of its own
     rounds: int = 15
     peak_tflops: float = 0.0  # of the GPU in dtype, for MFU; 0: as in PEAK_TFLOPS, or MFU is not printed
     json: bool = False  # an object instead of the table
@@ -118,6 +127,7 @@ class Bench:
         bfloat16 = knobs.dtype == "bfloat16"
         self.autocast = torch.autocast(knobs.device.split(":")[0], torch.bfloat16) if bfloat16 else nullcontext()
         self.adam = self.optimizer if knobs.value_direction == "adam" else None
+        self.n_directions = knobs.n_directions
 
     def backward(self, alpha=None):
         with self.autocast:
@@ -129,11 +139,16 @@ class Bench:
         with self.autocast:
             return validation_gradient(self.net, self.x_val, self.y_val)[0]
 
-    def scored_backward(self):
+    def set_directions(self, stepped=False):
         if not hasattr(self, "buffers"):
-            self.buffers = attach_directions(self.model)
-        set_direction(self.buffers, self.val(), self.adam)
-        alpha = torch.zeros(len(self.x), 1, device=self.x.device, requires_grad=True)
+            self.buffers = attach_directions(self.model, self.n_directions)
+        gradient = self.val()
+        for k in range(self.n_directions):
+            set_direction(self.buffers, gradient, self.adam, k, stepped)
+        return torch.zeros(len(self.x), self.n_directions, device=self.x.device, requires_grad=True)
+
+    def scored_backward(self):
+        alpha = self.set_directions()
         self.backward(alpha)
         return alpha.grad[:, 0] * len(self.x)
 
@@ -148,6 +163,24 @@ class Bench:
     def scored(self):
         self.scored_backward()
         self.step()
+
+    @torch.no_grad()
+    def order2(self):
+        """As train.py does: a step, the direction at its midpoint, the batch again where the step began."""
+        params = list(self.model.parameters())
+        theta = [p.clone() for p in params]
+        with torch.enable_grad():
+            self.backward()
+        self.optimizer.step()
+        stepped = [p.clone() for p in params]
+        retreat_to_midpoint(self.optimizer)
+        with torch.enable_grad():
+            alpha = self.set_directions(stepped=True)
+        torch._foreach_copy_(params, theta)
+        with torch.enable_grad(), self.autocast:
+            torch.autograd.grad(self.net(self.x, self.y, alpha)[1], alpha)
+        torch._foreach_copy_(params, stepped)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def brute(self):
         """<grad l_i, G>, a batch of one at a time: (B,)."""
@@ -203,7 +236,8 @@ def measure(knobs):
     ours.model.load_state_dict(stock.model.state_dict())
     data_value.use_triton = False
     shapes = weight_gradient_shapes(ours.model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0])
-    kernel = kernels.choose(knobs.device, shapes, getattr(torch, knobs.dtype), data_value.add_samples)
+    dtype = getattr(torch, knobs.dtype)
+    kernel = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, knobs.n_directions)
     data_value.use_triton = kernel[0]
 
     adam, ours.adam = ours.adam, None  # brute force is of G
@@ -214,7 +248,7 @@ def measure(knobs):
     ours.optimizer.zero_grad(set_to_none=True)
     ours.adam = adam
 
-    arms = dict(stock=stock.plain, plain=ours.plain, val=ours.val, scored=ours.scored)
+    arms = dict(stock=stock.plain, plain=ours.plain, val=ours.val, scored=ours.scored, order2=ours.order2)
     for run in arms.values():
         run()
     times = {name: [] for name in arms}
@@ -224,12 +258,13 @@ def measure(knobs):
         for name in names:
             times[name].append(seconds(arms[name], knobs.device))
     gc.enable()
-    rounds = list(zip(*(times[name] for name in ("stock", "plain", "val", "scored")), strict=True))
+    rounds = list(zip(*times.values(), strict=True))
     ratios = {
-        "overhead": [(scored - val) / plain - 1 for _, plain, val, scored in rounds],
-        "total": [scored / plain - 1 for _, plain, _, scored in rounds],
-        "plain_over_stock": [plain / stock for stock, plain, _, _ in rounds],
-        "val_over_plain": [val / plain for _, plain, val, _ in rounds],
+        "overhead": [(scored - val) / plain - 1 for _, plain, val, scored, _ in rounds],
+        "total": [scored / plain - 1 for _, plain, _, scored, _ in rounds],
+        "plain_over_stock": [plain / stock for stock, plain, _, _, _ in rounds],
+        "val_over_plain": [val / plain for _, plain, val, _, _ in rounds],
+        "order2_over_plain": [(order2 - val) / plain for _, plain, val, _, order2 in rounds],
     }
     result = {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
     result["brute_ms"] = 1000 * brute_s
@@ -269,11 +304,11 @@ def main():
     tokens = f"{knobs.batch_size} x {knobs.block_size} tokens, m = {knobs.val_batch_size}"
     print(f"{result['parameters']:,} parameters, {tokens}; {result['kernel']}")
     print(f"{'':8}{'ms':>10}{'peak MB':>10}" + ("     MFU" if "scored_mfu" in result else ""))
-    for arm in ("stock", "plain", "val", "scored", "brute"):
+    for arm in ("stock", "plain", "val", "scored", "order2", "brute"):
         peak, mfu = result.get(f"{arm}_peak_mb"), result.get(f"{arm}_mfu")
         mfu = f"{mfu:8.1%}" if mfu else ""
         print(f"{arm:8}{result[f'{arm}_ms']:10.1f}{f'{peak:10.0f}' if peak else '':10}{mfu}")
-    for name in ("overhead", "total", "plain_over_stock", "val_over_plain"):
+    for name in ("overhead", "total", "plain_over_stock", "val_over_plain", "order2_over_plain"):
         low, high = result[f"{name}_quartiles"]
         print(f"{name} {result[name]:+.3f} (quartiles {low:+.3f} to {high:+.3f})")
     print(f"dots against brute force: relative error {result['dots_rel_err']:.1e}")

@@ -16,12 +16,12 @@ def bench(*flags):
     return subprocess.run([sys.executable, f"{ROOT}/bench.py", *flags], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("flags", [["--value_direction=sgd"], ["--dtype=bfloat16"]])
+@pytest.mark.parametrize("flags", [["--value_direction=sgd"], ["--dtype=bfloat16", "--n_directions=3"]])
 def test_json(flags):
     run = bench(*TINY.split(), *flags, "--json")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
-    for key in ("stock_ms", "plain_ms", "val_ms", "scored_ms", "brute_ms", "plain_over_stock"):
+    for key in ("stock_ms", "plain_ms", "val_ms", "scored_ms", "order2_ms", "brute_ms", "plain_over_stock"):
         assert result[key] > 0
     for key in ("stock_peak_mb", "plain_peak_mb", "scored_peak_mb"):
         assert 1 < result[key] < 1000
@@ -32,7 +32,7 @@ def test_json(flags):
 def test_table():
     run = bench(*TINY.split())
     assert run.returncode == 0, run.stderr
-    for word in ("stock", "plain", "val", "scored", "brute", "overhead", "relative error"):
+    for word in ("stock", "plain", "val", "scored", "order2", "brute", "overhead", "relative error"):
         assert word in run.stdout
 
 

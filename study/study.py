@@ -1,0 +1,431 @@
+"""
+Why 34% and not 16%: what makes the share of negative values, what they find, and what dropping them saves.
+
+    python study/study.py --source=texts.parquet --foreign=german_manuals --single=novels  # columns text, domain
+    python study/study.py --source=python --foreign=topics --single=asyncio                # this Python's own library
+
+A small byte-level GPT is scored in one run and trained afresh, in another, on what a filter keeps. One factor at a time
+is moved around the centre below. Every run is a run of train.py; when it has ended, one JSON line about it joins
+study/results.jsonl, and what has a line is not run again: a study that was interrupted goes on. study/tables.py makes
+the tables and figures of the lines.
+
+Three corpora are made of the source, without the domain `foreign`: as it is, and with 15% of the training windows
+replaced, 5% each by their own bytes in random order, by windows of the foreign domain, and by copies of eight windows.
+Validation and test are never touched.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+
+from data_value import load_values, read_log  # noqa: E402
+from files import atomic_write  # noqa: E402
+from loader import mix  # noqa: E402
+from prepare_owt import (  # noqa: E402
+    Knobs,
+    checksum_of,
+    dataset_documents,
+    load_meta,
+    open_split,
+    python_documents,
+    sha256_of,
+    window_domains,
+    write_checksums,
+)
+from report import read_run  # noqa: E402
+
+T = 64
+# the centre: AdamW, 32 windows of 64 bytes an iteration, m = 16 validation windows redrawn every iteration
+CENTRE = dict(n_layer=2, n_head=2, n_embd=96, bias=False, block_size=T, batch_size=32, device="cpu", dtype="float32")
+CENTRE |= dict(compile=False, learning_rate=2e-3, min_lr=2e-4, warmup_iters=40, val_batch_size=16, max_iters=640)
+CENTRE |= dict(eval_interval=160, eval_iters=16, checkpoint_interval=10000, log_interval=20)
+RETRAIN = dict(max_iters=400, eval_interval=25)
+DAMAGE = ("shuffled", "foreign", "duplicated")  # 5% of the training windows each
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The corpora.
+
+
+def damage_of(ids):
+    """0 for an untouched window, 1 + its place in DAMAGE for a damaged one: (n,)."""
+    hashed = mix(ids.astype(np.uint64) + np.uint64(2**40)) % np.uint64(100)
+    return np.where(hashed < 15, 1 + hashed // 5, 0).astype(int)
+
+
+def prepare(documents, name, wanted):
+    """The documents, an iterator of (text, domain), of the domains that are `wanted`, as the corpus `name`."""
+    if os.path.isfile(f"data/{name}/meta.json"):
+        return
+    os.makedirs("data", exist_ok=True)
+    with atomic_write(f"data/{name}.jsonl") as file:
+        for text, domain in documents:
+            if wanted(domain):
+                file.write(json.dumps(dict(text=text, domain=domain)).encode() + b"\n")
+    flags = [f"--source=data/{name}.jsonl", "--domain_field=domain", "--tokenizer=bytes", f"--name={name}"]
+    subprocess.run([sys.executable, f"{ROOT}/prepare_owt.py", *flags], check=True, capture_output=True)
+
+
+def damage(clean, foreign, name):
+    """The corpus `clean` with 15% of its training windows replaced, as the corpus `name`."""
+    source, target = f"data/{clean}", f"data/{name}"
+    if os.path.isfile(f"{target}/meta.json"):
+        return
+    meta, rng = load_meta(source), np.random.default_rng(0)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("meta.json"), dirs_exist_ok=True)
+    tokens = np.memmap(f"{target}/train.bin", dtype="<u2", mode="r+")
+    windows = tokens[: len(tokens) // T * T].reshape(-1, T)
+    theirs = open_split(f"data/{foreign}", "train", load_meta(f"data/{foreign}"))
+    kind = damage_of(np.arange(len(windows)))
+    shuffled, replaced, copied = (np.flatnonzero(kind == 1 + k) for k in range(3))
+    windows[shuffled] = rng.permuted(windows[shuffled], axis=1)
+    windows[replaced] = theirs.windows(rng.integers(len(theirs) // T - 1, size=len(replaced)), T)[:, :T]
+    originals = windows[rng.choice(np.flatnonzero(kind == 0), 8, replace=False)]
+    windows[copied] = originals[rng.integers(8, size=len(copied))]
+    tokens.flush()
+    train = meta["splits"]["train"] | dict(sha256=sha256_of(f"{target}/train.bin"))
+    train["crc_sha256"] = write_checksums(f"{target}/train.bin", f"{target}/train.crc")
+    meta |= dict(name=name, fingerprint=train["sha256"], splits=meta["splits"] | dict(train=train))
+    with atomic_write(f"{target}/meta.json") as file:
+        file.write(json.dumps(meta | {"checksum": checksum_of(meta)}, indent=1).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs.
+
+
+def train(folder, **knobs):
+    """train.py with these knobs, on one thread; gone on with where it was interrupted. Returns the seconds it took."""
+    flags = [f"--{key}={value}" for key, value in (CENTRE | knobs).items()]
+    if os.path.exists(f"{folder}/ckpt.pt"):
+        flags.append("--init_from=resume")
+    started = time.perf_counter()
+    command = [sys.executable, f"{ROOT}/train.py", *flags, f"--out_dir={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    return time.perf_counter() - started
+
+
+def auc(value, bad, good):
+    """The probability that a window of `bad` has a lower value than one of `good`, (n,) bool each; None without."""
+    if not bad.any() or not good.any():
+        return None
+    both = np.concatenate([value[bad], value[good]])
+    _, place, count = np.unique(both, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # ties share theirs
+    n = int(bad.sum())
+    return float(1 - (rank[:n].sum() - n * (n + 1) / 2) / (n * int(good.sum())))
+
+
+def judge(value, kind):
+    """The share of negatives among values (n,), and the AUC for each kind of damage."""
+    found = {name: auc(value, kind == 1 + k, kind == 0) for k, name in enumerate(DAMAGE)}
+    return dict(negative=float((value < 0).mean()), auc=found)
+
+
+def measure_values(folder, dataset):
+    """What a scored run's log says, for each column; with the learning rate, without it, and in thirds of the run."""
+    log, meta = read_log(folder), load_meta(f"data/{dataset}")
+    ids = log["sample_id"]
+    kind = damage_of(ids) if dataset.endswith("damaged") else np.zeros(ids.shape, int)
+    domain = window_domains(f"data/{dataset}", "train", ids.ravel(), T, meta).reshape(ids.shape)
+    columns = {}
+    for name in dict.fromkeys(log["directions"]):
+        places = [k for k, other in enumerate(log["directions"]) if other == name]
+        dots = log["dot_product"][:, :, places].mean(2, dtype=np.float64)
+        value = log["scale"] * dots
+        column = judge(value.ravel(), kind.ravel())  # every window is visited once
+        column["unweighted"] = judge(dots.ravel(), kind.ravel())
+        thirds = zip(np.array_split(value, 3), np.array_split(kind, 3), strict=True)
+        column["thirds"] = [judge(v.ravel(), k.ravel()) for v, k in thirds]
+        parts = [np.array_split(a, 8) for a in (value, domain)]
+        column["by_domain"] = [
+            {meta["domains"][d]: [float(v[m == d].mean()), float((v[m == d] < 0).mean())] for d in np.unique(m)}
+            for v, m in zip(*parts, strict=True)
+        ]
+        columns[name] = column
+    lines = read_run(folder).lines[1:]
+    step, val = (float(np.median([line[key] for line in lines])) for key in ("step_ms", "val_ms"))
+    return dict(columns=columns, step_ms=step, val_ms=val)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a filter goes by: functions of a scored run to (sample_id, number), of which train.py keeps those not below zero.
+
+
+def by_sign(folder, column=""):
+    sample_id, value, _ = load_values(folder, column)
+    return sample_id, value
+
+
+def lowest(share):
+    """Drop the lowest `share`, wherever zero is."""
+
+    def rule(folder, column=""):
+        sample_id, value, _ = load_values(folder, column)
+        return sample_id, value - np.quantile(value, share)
+
+    return rule
+
+
+def unweighted(folder, column=""):
+    """The sum of the dot products, without the learning rate: the values of the published code."""
+    log = read_log(folder)
+    k = log["directions"].index(column)
+    ids = log["sample_id"].ravel()
+    return ids[np.argsort(ids)], log["dot_product"][:, :, k].ravel()[np.argsort(ids)].astype(np.float64)
+
+
+def beyond_error(folder, column=""):
+    """Drop what is negative by more than its standard error over the groups of validation windows."""
+    sample_id, value, _ = load_values(folder, column)
+    with np.load(f"{folder}/values.npz") as arrays:
+        return sample_id, value + arrays["errors"][:, 0]
+
+
+def by_document(folder, column=""):
+    """The mean over the scored windows of a window's document."""
+    sample_id, value, _ = load_values(folder, column)
+    _, place = np.unique(document_of(sample_id, data_folder(folder)), return_inverse=True)
+    return sample_id, (np.bincount(place, value) / np.bincount(place))[place]
+
+
+def document_of(ids, folder):
+    """The number of the document that holds the middle of each window."""
+    return np.searchsorted(np.load(f"{folder}/train_docs.npy")["start"], ids * T + T // 2, side="right")
+
+
+def within_domain(folder, column=""):
+    """Drop the same share of each domain, as much as the sign drops of all."""
+    sample_id, value, _ = load_values(folder, column)
+    where = data_folder(folder)
+    domain = window_domains(where, "train", sample_id, T, load_meta(where))
+    share, result = (value < 0).mean(), np.empty_like(value)
+    for d in np.unique(domain):
+        result[domain == d] = value[domain == d] - np.quantile(value[domain == d], share)
+    return sample_id, result
+
+
+def both_visits(folder, column=""):
+    """The sum of two runs' values of the same windows, the second with other weights and another order."""
+    (sample_id, value), (same_id, again) = by_sign(folder, column), by_sign(f"{folder}_again")
+    assert np.array_equal(sample_id, same_id)
+    return sample_id, value + again
+
+
+def both_visits_by_iteration(folder, column=""):
+    """The same of values in standard deviations of their iteration's, so that the first iterations do not rule."""
+    sums = 0
+    for run in (folder, f"{folder}_again"):
+        log = read_log(run)
+        order = np.argsort(log["sample_id"].ravel())
+        sums = sums + (log["value"] / log["value"].std(1, keepdims=True)).ravel()[order]
+    return log["sample_id"].ravel()[order], sums
+
+
+def undamaged(folder, column=""):
+    """The oracle."""
+    sample_id, _, _ = load_values(folder, column)
+    return sample_id, np.where(damage_of(sample_id) > 0, -1.0, 1.0)
+
+
+def data_folder(folder):
+    with open(f"{folder}/config.json", encoding="utf-8") as file:
+        return f"data/{json.load(file)['knobs']['dataset']}"
+
+
+def derive(source, target, rule, column):
+    """A folder for filter_from with what `rule` makes of the scored run `source` in the place of values.npz."""
+    sample_id, number = rule(source, column)
+    os.makedirs(target, exist_ok=True)
+    shutil.copy(f"{source}/config.json", target)
+    with atomic_write(f"{target}/values.npz") as file:
+        np.savez(file, sample_id=sample_id, value=number, visits=np.ones_like(sample_id))
+    return float((number < 0).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: {name: knobs} of the scored runs and {name: (scored run, rule, column, knobs)} of those that train afresh.
+
+BOTH = dict(value_direction="sgd,adam")
+SCORED_DAMAGED = {
+    "m16": dict(value_direction="adam,sgd,adam-wte,sgd-wte", val_groups=4),
+    "m1 fixed": BOTH | dict(val_batch_size=1, val_windows=1),
+    "m1": BOTH | dict(val_batch_size=1),
+    "m4": BOTH | dict(val_batch_size=4),
+    "m16 single": BOTH | dict(val_sets="{single}"),
+    "m16 order2": BOTH | dict(value_order=2),
+    "m16 interval16": BOTH | dict(val_interval=16),
+    "m16 interval4": BOTH | dict(val_interval=4),
+    "m1 average8": BOTH | dict(val_batch_size=1, val_average=8),
+    "m1 average32": BOTH | dict(val_batch_size=1, val_average=32),
+    "m16 average32": BOTH | dict(val_average=32),
+}
+SCORED_CLEAN = {
+    "m16": dict(value_direction="adam,sgd", val_sets="all,{single}", val_groups=4),
+    "m16 again": dict(value_direction="adam", filter_from="m16"),
+}
+EVERYTHING = dict(filter_pool="all")
+TRAINED_DAMAGED = {
+    "control": ("m16", None, "", {}),
+    "random": ("m16", by_sign, "all:adam", dict(random=True)),
+    "random lowest": ("m16", lowest(0.15), "all:adam", dict(random=True)),
+    "oracle": ("m16", undamaged, "", {}),
+    "m16 adam": ("m16", by_sign, "all:adam", {}),
+    "m16 adam lowest": ("m16", lowest(0.15), "all:adam", {}),
+    "m16 sgd": ("m16", by_sign, "all:sgd", {}),
+    "m16 adam-wte": ("m16", by_sign, "all:adam-wte", {}),
+    "m16 order2 adam": ("m16 order2", by_sign, "all:adam", {}),
+    "m16 single adam": ("m16 single", by_sign, "{single}:adam", {}),
+    "m1 average32 adam": ("m1 average32", by_sign, "all:adam", {}),
+    "m1 average32 adam lowest": ("m1 average32", lowest(0.15), "all:adam", {}),
+    "m16 average32 adam lowest": ("m16 average32", lowest(0.15), "all:adam", {}),
+    "m1 sgd": ("m1", by_sign, "all:sgd", {}),
+    "m1 sgd lowest": ("m1", lowest(0.15), "all:sgd", {}),
+    # the failed reproduction, and each of its causes removed (the unweighted sums remain: of a single visit the
+    # learning rate changes no sign)
+    "control all": ("m1 fixed", None, "", EVERYTHING),
+    "failed": ("m1 fixed", unweighted, "all:sgd", EVERYTHING),
+    "failed, redrawn": ("m1", unweighted, "all:sgd", EVERYTHING),
+    "failed, scored": ("m1 fixed", unweighted, "all:sgd", {}),
+}
+TRAINED_CLEAN = {
+    "control": ("m16", None, "", {}),
+    "random": ("m16", by_sign, "all:adam", dict(random=True)),
+    "sign": ("m16", by_sign, "all:adam", {}),
+    "lowest": ("m16", lowest(0.1), "all:adam", {}),
+    "document": ("m16", by_document, "all:adam", {}),
+    "beyond error": ("m16", beyond_error, "all:adam", {}),
+    "within domain": ("m16", within_domain, "all:adam", {}),
+    "two visits": ("m16", both_visits, "all:adam", {}),
+    "two visits by iteration": ("m16", both_visits_by_iteration, "all:adam", {}),
+    "single": ("m16", by_sign, "{single}:adam", {}),
+}
+
+
+def run_scored(args, dataset, name, knobs, seed):
+    folder = folder_of(dataset, name, seed)
+    knobs = {key: value.format(single=args.single) if key == "val_sets" else value for key, value in knobs.items()}
+    if "filter_from" in knobs:  # other weights, another order, the same windows
+        knobs |= dict(filter_from=folder_of(dataset, knobs["filter_from"], seed), seed=seed + 1000)
+    seconds = train(folder, **dict(dataset=dataset, seed=seed, score=True) | knobs)
+    line = dict(scored=True, knobs=knobs, seconds=seconds, **measure_values(folder, dataset))
+    if name == "m16 again":
+        line["agreement"] = agreement(knobs["filter_from"], folder, dataset)
+    return line
+
+
+def agreement(first, again, dataset):
+    """
+    How far values of the same windows agree, {pair: [correlation, share negative in both, in one, in the other]}: of
+    two halves of the validation windows of one run; of two runs, for windows and for means of documents and domains.
+    """
+    log, meta = read_log(first), load_meta(f"data/{dataset}")
+    found = dict(halves=agree(*(log["dot_product"][:, :, k : k + 2].mean(2).ravel() for k in (0, 2))))
+    (ids, a), (_, b) = by_sign(first), by_sign(again)
+    found["windows"] = agree(a, b)
+    levels = dict(documents=document_of(ids, f"data/{dataset}"))
+    levels["domains"] = window_domains(f"data/{dataset}", "train", ids, T, meta)
+    for name, place in levels.items():
+        _, place, count = np.unique(place, return_inverse=True, return_counts=True)
+        means = [(np.bincount(place, value) / count)[count >= 5] for value in (a, b)]
+        found[name] = agree(*means) if len(means[0]) > 2 else None
+    return found
+
+
+def agree(a, b):
+    shares = ((a < 0) & (b < 0)).mean(), (a < 0).mean(), (b < 0).mean()
+    return [float(number) for number in (np.corrcoef(a, b)[0, 1], *shares)]
+
+
+def run_trained(args, dataset, name, source, rule, column, knobs, seed):
+    folder, scored = folder_of(dataset, f"then {name}", seed), folder_of(dataset, source, seed)
+    knobs, column = dict(knobs), column.format(single=args.single)
+    dropped = derive(scored, f"{folder} values", rule or by_sign, column if rule else "")
+    if rule is None:
+        arm = {}
+    elif knobs.pop("random", False):
+        arm = dict(drop_random=dropped)
+    else:
+        arm = dict(filter_negative=True)
+    arm |= dict(filter_from=f"{folder} values", val_sets=f"all,{args.single}")
+    seconds = train(folder, **dict(dataset=dataset, seed=seed) | RETRAIN | arm | knobs)
+    with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
+        lines = [line for line in map(json.loads, file) if "test_loss" in line]
+    coverage = read_run(folder).config["coverage"]
+    curves = {key: [line[key] for line in lines] for key in ("iter", "test_loss", f"test_loss_{args.single}")}
+    dropped = dropped if rule else 0.0
+    return dict(scored=False, source=source, dropped=dropped, seconds=seconds, coverage=coverage) | curves
+
+
+def folder_of(dataset, name, seed):
+    return f"out/study/{dataset}_s{seed}/{name}".replace("m16 again", "m16_again")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="python", help="'python', or a file of texts with their domains")
+    parser.add_argument("--foreign", default="topics", help="the domain that the corpora do without")
+    parser.add_argument("--single", default="asyncio", help="the domain of the single-domain validation set")
+    parser.add_argument("--corpora", default="damaged,clean", help="which to run on")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--results", default=f"{HERE}/results.jsonl")
+    args = parser.parse_args()
+
+    base = "study_" + os.path.splitext(os.path.basename(args.source))[0]
+    domain = dict(domain_field="domain", tokenizer="bytes")
+    read = python_documents if args.source == "python" else lambda: dataset_documents(Knobs(args.source, **domain))
+    prepare(read(), f"{base}_clean", lambda domain: domain != args.foreign)
+    prepare(read(), f"{base}_foreign", lambda domain: domain == args.foreign)
+    damage(f"{base}_clean", f"{base}_foreign", f"{base}_damaged")
+
+    done = set()
+    if os.path.exists(args.results):
+        with open(args.results, encoding="utf-8") as file:
+            done = {(line["corpus"], line["name"], line["seed"]) for line in map(json.loads, file)}
+
+    plans = dict(damaged=(SCORED_DAMAGED, TRAINED_DAMAGED), clean=(SCORED_CLEAN, TRAINED_CLEAN))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {}
+
+        def job(dataset, name, run, waits_for, *rest):
+            """Run it once what it waits for has ended, and write its line."""
+            for other in waits_for:
+                futures[dataset, other, rest[-1]].result()  # started before this one: no deadlock
+            if (dataset, name, rest[-1]) in done:
+                return
+            found = run(args, dataset, name.removeprefix("then "), *rest)
+            line = dict(corpus=dataset, name=name, seed=rest[-1], **found)
+            with open(args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(dataset, name, rest[-1], f"{line['seconds']:.0f} s", flush=True)
+
+        for seed in range(1, args.seeds + 1):
+            for corpus in args.corpora.split(","):
+                dataset, (scored, trained) = f"{base}_{corpus}", plans[corpus]
+                for name, knobs in scored.items():
+                    waits = [knobs["filter_from"]] if "filter_from" in knobs else []
+                    rest = dataset, name, run_scored, waits, knobs, seed
+                    futures[dataset, name, seed] = pool.submit(job, *rest)
+                for name, (source, *plan) in trained.items():
+                    waits = [source] + ["m16 again"] * name.startswith("two visits")
+                    rest = dataset, f"then {name}", run_trained, waits, source, *plan, seed
+                    futures[dataset, f"then {name}", seed] = pool.submit(job, *rest)
+        for future in futures.values():
+            future.result()
+
+
+if __name__ == "__main__":
+    main()

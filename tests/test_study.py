@@ -1,0 +1,174 @@
+"""The study's own arithmetic against slow twins, and its scripts at a tiny size."""
+
+import itertools
+import json
+import os
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, f"{ROOT}/study")
+
+import fidelity  # noqa: E402
+import tables  # noqa: E402
+
+import study  # noqa: E402
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 2**31))
+def test_the_exact_shapley_values_against_all_orders_of_arrival(n, seed):
+    utility = np.random.default_rng(seed).normal(size=2**n)
+    oracle = np.zeros(n)
+    orders = list(itertools.permutations(range(n)))
+    for order in orders:
+        present = 0
+        for i in order:
+            oracle[i] += (utility[present | 1 << i] - utility[present]) / len(orders)
+            present |= 1 << i
+    np.testing.assert_allclose(fidelity.shapley(utility), oracle, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30))
+def test_auc_against_all_pairs(pairs):
+    value, bad = np.array([v for v, _ in pairs], float), np.array([b for _, b in pairs])
+    if bad.all() or not bad.any():
+        assert study.auc(value, bad, ~bad) is None
+        return
+    oracle = np.mean([(b < g) + 0.5 * (b == g) for b in value[bad] for g in value[~bad]])
+    assert study.auc(value, bad, ~bad) == pytest.approx(oracle)
+
+
+def test_a_saving_is_a_share_of_the_controls_iterations_and_negative_where_the_control_is_ahead():
+    iters = [0, 100, 200]
+    assert tables.saving(iters, [5.0, 2.0, 1.0], [5.0, 3.0, 2.0]) == pytest.approx(0.5)
+    assert tables.saving(iters, [5.0, 3.0, 2.0], [5.0, 2.0, 1.0]) == pytest.approx(-0.5)
+    assert tables.saving(iters, [5.0, 2.0, 1.0], [5.0, 2.0, 1.0]) == 0
+
+
+def test_an_interval_is_students():
+    mean, half = tables.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * np.sqrt(2.5 / 5))
+    assert tables.interval([1.0]) == (1.0, None)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The study of 6 iterations on a text of a few pages, three domains."""
+    monkeypatch.chdir(tmp_path)
+    import textwrap
+
+    with open(textwrap.__file__, encoding="utf-8") as file:
+        paragraphs = file.read().split("\n\n")
+    with open("tiny.jsonl", "w", encoding="utf-8") as file:
+        for i, text in enumerate(paragraphs * 10):
+            file.write(json.dumps(dict(text=text, domain=("one", "two", "three")[i % 3])) + "\n")
+    sizes = dict(n_layer=1, n_embd=16, batch_size=8, max_iters=6, warmup_iters=2, eval_interval=2, eval_iters=1)
+    monkeypatch.setattr(study, "CENTRE", study.CENTRE | sizes | dict(log_interval=2))
+    monkeypatch.setattr(study, "RETRAIN", dict(max_iters=4, eval_interval=2))
+    return tmp_path
+
+
+def run_study(monkeypatch, *flags):
+    arguments = [
+        "study.py",
+        "--source=tiny.jsonl",
+        "--foreign=three",
+        "--single=two",
+        "--results=results.jsonl",
+        *flags,
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    study.main()
+    with open("results.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_the_study_runs_goes_on_and_does_nothing_twice(small, monkeypatch, capsys):
+    scored = {key: study.SCORED_DAMAGED[key] for key in ("m16", "m1 fixed")}
+    names = ("control", "random", "oracle", "failed")
+    monkeypatch.setattr(study, "SCORED_DAMAGED", scored)
+    monkeypatch.setattr(study, "TRAINED_DAMAGED", {})
+    assert len(run_study(monkeypatch, "--corpora=damaged", "--seeds=1")) == 2
+    monkeypatch.setattr(study, "TRAINED_DAMAGED", {key: study_plan[key] for key in names})
+    lines = {line["name"]: line for line in run_study(monkeypatch, "--corpora=damaged", "--seeds=1")}
+    assert set(lines) == {*scored, *(f"then {name}" for name in names)}
+    assert len(run_study(monkeypatch, "--corpora=damaged", "--seeds=1")) == len(lines)
+
+    column = lines["m16"]["columns"]["all:adam"]
+    assert 0 <= column["negative"] <= 1 and set(column["auc"]) == set(study.DAMAGE)
+    assert lines["then control"]["dropped"] == 0 and lines["then oracle"]["dropped"] == pytest.approx(0.15, abs=0.1)
+    assert lines["then failed"]["coverage"]["touchable"] < 0.5
+    for name in names:
+        assert len(lines[f"then {name}"]["test_loss_two"]) == 3
+
+    # what was replaced, and nothing else
+    clean, damaged = (
+        study.open_split(f"data/study_tiny_{c}", "train", study.load_meta(f"data/study_tiny_{c}"))
+        for c in ("clean", "damaged")
+    )
+    ids = np.arange(len(clean) // study.T - 1)
+    before, after = (tokens.windows(ids, study.T)[:, :-1] for tokens in (clean, damaged))
+    kind = study.damage_of(ids)
+    assert np.array_equal(before[kind == 0], after[kind == 0])
+    assert np.array_equal(np.sort(before[kind == 1]), np.sort(after[kind == 1])) and (before != after)[kind == 1].any()
+    assert len(np.unique(after[kind == 3], axis=0)) <= 8
+    assert 0.1 < (kind > 0).mean() < 0.2
+
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--results=results.jsonl", "--out=tables"])
+    tables.main()
+    assert "m1 fixed" in capsys.readouterr().out
+
+
+study_plan = dict(study.TRAINED_DAMAGED)
+
+
+def test_what_a_filter_goes_by(small, monkeypatch):
+    monkeypatch.setattr(study, "SCORED_CLEAN", {"m16": study.SCORED_CLEAN["m16"]})
+    monkeypatch.setattr(study, "TRAINED_CLEAN", {})
+    run_study(monkeypatch, "--corpora=clean", "--seeds=1")
+    folder, corpus = "out/study/study_tiny_clean_s1/m16", "data/study_tiny_clean"
+    ids, value, _ = study.load_values(folder)
+    found = {rule: rule(folder)[1] for rule in (study.beyond_error, study.within_domain, study.by_document)}
+    log = study.read_log(folder)
+    order = np.argsort(log["sample_id"].ravel())
+    groups = (log["scale"][:, :, None] * log["dot_product"][:, :, :4]).reshape(-1, 4)[order]
+    np.testing.assert_allclose(found[study.beyond_error], value + groups.std(1, ddof=1) / 2, rtol=1e-5)
+    domain = study.window_domains(corpus, "train", ids, study.T, study.load_meta(corpus))
+    dropped, share = found[study.within_domain] < 0, (value < 0).mean()
+    for d in np.unique(domain):
+        assert abs(dropped[domain == d].mean() - share) <= 1 / (domain == d).sum()
+        assert value[(domain == d) & dropped].max(initial=-1) <= value[(domain == d) & ~dropped].min()
+    starts = np.load(f"{corpus}/train_docs.npy")["start"]
+    place = np.array([max(d for d in range(len(starts)) if starts[d] <= i * study.T + study.T // 2) for i in ids])
+    for d in set(place):
+        np.testing.assert_allclose(found[study.by_document][place == d], value[place == d].mean())
+
+
+def test_fidelity_agrees_with_itself_on_a_small_step(tmp_path, monkeypatch):
+    """At a small learning rate the exact values of a step with everything frozen are the second-order ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_owt.py", "--source=tiny.jsonl", "--tokenizer=bytes"])
+    with open("tiny.jsonl", "w", encoding="utf-8") as file:
+        for i in range(300):
+            file.write(json.dumps(dict(text=f"line {i} of {i * i} and more words {i % 7} to learn " * 3)) + "\n")
+    runpy.run_path(f"{ROOT}/prepare_owt.py", run_name="__main__")
+    for name, value in dict(B=4, M=4, BATCHES=1, STAGES=dict(early=5)).items():
+        monkeypatch.setattr(fidelity, name, value)
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", "--dataset=tiny", "--results=f.jsonl"])
+    fidelity.main()
+    with open("f.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    assert len(lines) == 6
+    for line in lines:
+        optimizer = line["condition"][3]
+        if line["condition"][1] > 1e-3:
+            continue
+        own = "adam, order 2" if optimizer == "adamw" else "sgd, order 2"
+        assert line[f"a: {own}"][0] > 0.999 and line[f"a: {own}"][1] == 1
