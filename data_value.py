@@ -499,9 +499,10 @@ def columns_of(directions):
 
 def write_values(out_dir):
     """
-    Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,) int64.
-    Where the run has several columns, `value` is the first and `values` (n, C) are all, named by `columns`; where
-    their directions come in groups of validation windows, `errors` (n, C) are the standard errors.
+    Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,) int64,
+    and z_score (n,), the mean over visits of the value less the mean of its iteration's, over their standard
+    deviation. Where the run has several columns, these are of the first, and values, z_scores (n, C) of all, named by
+    `columns`; where their directions come in groups of validation windows, errors (n, C) are the standard errors.
     """
     log = read_log(out_dir)
     sample_id, where, visits = np.unique(log["sample_id"], return_inverse=True, return_counts=True)
@@ -510,30 +511,36 @@ def write_values(out_dir):
     sums = [np.bincount(where.ravel(), weights=one, minlength=len(sample_id)) for one in by_visit.T]
     columns = columns_of(log["directions"])
     groups = [np.stack([sums[k] for k in places]) for places in columns.values()]  # (groups, n) of each column
-    values = np.stack([group.mean(0) for group in groups], 1)
-    arrays = dict(sample_id=sample_id, value=values[:, 0], visits=visits)
+    values, z_scores = np.stack([group.mean(0) for group in groups], 1), []
+    for places in columns.values():
+        dots = log["dot_product"][:, :, places].mean(2, dtype=np.float64)
+        spread = dots.std(1, keepdims=True)
+        z = (dots - dots.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)  # no spread in a batch of one
+        z_scores.append(np.bincount(where.ravel(), weights=z.ravel(), minlength=len(sample_id)) / visits)
+    z_scores = np.stack(z_scores, 1)
+    arrays = dict(sample_id=sample_id, value=values[:, 0], visits=visits, z_score=z_scores[:, 0])
     if len(columns) > 1:
-        arrays |= dict(columns=np.array(list(columns)), values=values)
+        arrays |= dict(columns=np.array(list(columns)), values=values, z_scores=z_scores)
     if len(groups[0]) > 1:
         arrays["errors"] = np.stack([group.std(0, ddof=1) / len(group) ** 0.5 for group in groups], 1)
     with atomic_write(os.path.join(out_dir, "values.npz")) as file:
         np.savez(file, **arrays)
 
 
-def load_values(out_dir, column=""):
+def load_values(out_dir, column="", key="value"):
     """
-    (sample_id, value, visits) of a scored run, sorted by id; the value of `column`, or of the first. Raises UserError
-    where they are missing or damaged, or the run has no such column.
+    (sample_id, value, visits) of a scored run, sorted by id; the value or, as `key` says, the z_score, of `column` or
+    of the first one. Raises UserError where they are missing or damaged, or the run has no such column.
     """
     path = os.path.join(out_dir, "values.npz")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; a run with --score=True writes it when it reaches its max_iters")
     try:
         with np.load(path, allow_pickle=False) as arrays:  # which compares every array with its CRC-32
-            sample_id, value, visits = arrays["sample_id"], arrays["value"], arrays["visits"]
+            sample_id, value, visits = arrays["sample_id"], arrays[key], arrays["visits"]
             columns = list(arrays["columns"]) if "columns" in arrays else []
             if column in columns:
-                value = arrays["values"][:, columns.index(column)]
+                value = arrays[f"{key}s"][:, columns.index(column)]
         if not (sample_id.shape == value.shape == visits.shape == (sample_id.size,) and np.isfinite(value).all()):
             raise ValueError("arrays of different lengths, or values that are not finite")
         if sample_id.dtype != np.int64 or sample_id[:1].min(initial=0) < 0 or (np.diff(sample_id) <= 0).any():

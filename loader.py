@@ -147,10 +147,14 @@ def get_batch(data, ids, block_size, vocab_size, device):
 def load_filter(knobs, fingerprint, n_windows):
     """
     (sample_id, value) of the run that the filter goes by, checked to speak of this run's windows; None without one.
+    With filter_lowest the value is the z-score less its quantile, so that the lowest share is below zero.
     """
     if not knobs.filter_from:
         return None
-    sample_id, value, _ = load_values(knobs.filter_from, knobs.filter_column)
+    key = "z_score" if knobs.filter_lowest else "value"
+    sample_id, value, _ = load_values(knobs.filter_from, knobs.filter_column, key)
+    if knobs.filter_lowest:
+        value = value - np.quantile(value, knobs.filter_lowest)
     path = os.path.join(knobs.filter_from, "config.json")
     try:
         with open(path, encoding="utf-8") as file:

@@ -47,7 +47,7 @@ HOUSEKEEPING |= {"wandb_log", "wandb_project", "wandb_run_name", "process_timeou
 # what makes an arm of the comparison; neither these nor scoring change a step, given its batch
 ARM = {"score", "val_batch_size", "val_sets", "val_windows", "val_groups", "val_interval", "val_average"}
 ARM |= {"value_direction", "value_order"}
-ARM |= {"filter_from", "filter_column", "filter_pool", "filter_negative", "drop_random"}
+ARM |= {"filter_from", "filter_column", "filter_pool", "filter_negative", "filter_lowest", "drop_random"}
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Group:
     @property
     def arm(self):
         knobs = self.runs[0].knobs
-        if knobs["filter_negative"] or knobs["drop_random"]:
+        if knobs["filter_negative"] or knobs.get("filter_lowest") or knobs["drop_random"]:
             return "treatment"
         return "control" if knobs["filter_from"] else "plain"
 

@@ -57,7 +57,7 @@ from processes import average_over_ranks, how_to_resume, keep_freed_memory, proc
 @dataclass
 class Knobs:
     # the run
-    out_dir: str = "out"  # its folder; {arm} in it becomes 'filtered', 'random' or 'control', {seed} the seed
+    out_dir: str = "out"  # its folder; {arm} in it becomes 'filtered', 'lowest', 'random' or 'control', {seed} the seed
     init_from: str = "scratch"  # 'scratch', 'resume', 'gpt2' (-medium, -large, -xl), a transformers folder, a ckpt.pt
     seed: int = 1337  # of the weights, the dropout masks and the order of the windows
     eval_interval: int = 250  # iterations between evaluations of the test loss
@@ -90,6 +90,7 @@ class Knobs:
     filter_column: str = ""  # which of its values, as '<set>:<direction>'; the first by default
     filter_pool: str = "scored"  # draw from the windows it has 'scored', or from 'all' of the corpus
     filter_negative: bool = False  # reject windows of negative value
+    filter_lowest: float = 0.0  # reject this share instead, those that stand lowest among their iteration's windows
     drop_random: float = 0.0  # reject this share of the windows at random instead (a control)
     # the model
     n_layer: int = 12
@@ -135,7 +136,7 @@ class Knobs:
         tokens = self.batch_size * self.block_size
         check(tokens < 2**31, f"--batch_size={self.batch_size} windows of --block_size={self.block_size}: too many")
         check(bool(self.out_dir), "--out_dir=: give the run a folder")
-        for key in ("dropout", "drop_random", "beta1", "beta2"):
+        for key in ("dropout", "drop_random", "filter_lowest", "beta1", "beta2"):
             check(getattr(self, key) < 1, f"--{key}={getattr(self, key)}: must be below 1")
         choices = dict(value_order=(1, 2), filter_pool=("scored", "all"), optimizer=("adamw", "sgd"))
         for key, allowed in choices.items():
@@ -159,12 +160,10 @@ class Knobs:
         check(self.n_embd % self.n_head == 0, heads)
         adam = "--value_direction=adam needs --optimizer=adamw, whose scaling it takes"
         check("adam" not in self.value_direction or self.optimizer == "adamw" or not self.score, adam)
-        check(
-            not (self.filter_negative and self.drop_random),
-            "--filter_negative and --drop_random are two arms: take one",
-        )
-        unfiltered = "--filter_negative=True needs --filter_from=<out_dir of a scored run>"
-        check(not self.filter_negative or self.filter_from, unfiltered)
+        arms = [self.filter_negative, self.filter_lowest > 0, self.drop_random > 0]
+        check(sum(arms) < 2, "--filter_negative, --filter_lowest and --drop_random are arms of their own: take one")
+        flag = "filter_negative=True" if self.filter_negative else f"filter_lowest={self.filter_lowest}"
+        check(not any(arms[:2]) or self.filter_from, f"--{flag} needs --filter_from=<out_dir of a scored run>")
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters
         if self.decay_lr:
             check(
@@ -173,7 +172,8 @@ class Knobs:
             )
             late = f"--warmup_iters={self.warmup_iters} is not below --lr_decay_iters={self.lr_decay_iters}"
             check(self.warmup_iters < self.lr_decay_iters, late)
-        arm = "filtered" if self.filter_negative else "random" if self.drop_random else "control"
+        names = "filtered", "lowest", "random", "control"
+        arm = next(name for name, taken in zip(names, [*arms, True], strict=True) if taken)
         self.out_dir = self.out_dir.replace("{arm}", arm).replace("{seed}", str(self.seed))
         same = self.filter_from and os.path.abspath(self.filter_from) == os.path.abspath(self.out_dir)
         check(not same, f"--out_dir={self.out_dir} is also --filter_from; give this run a folder of its own")
@@ -348,7 +348,7 @@ def train(knobs, rank, world, stack):
     # the corpus and the orders in which its windows come
     meta, data, n_windows = load_corpus(knobs)
     scored = load_filter(knobs, meta["fingerprint"], n_windows["train"])
-    filter_knobs = knobs.filter_negative, knobs.filter_pool, knobs.drop_random
+    filter_knobs = knobs.filter_negative or knobs.filter_lowest > 0, knobs.filter_pool, knobs.drop_random
     order, coverage = training_order(n_windows["train"], knobs.seed, *filter_knobs, scored)
     val_sets = open_sets(knobs, meta, data, "val", knobs.seed, VAL) if knobs.score else {}
     kinds = knobs.value_direction.split(",")
@@ -733,7 +733,10 @@ def train(knobs, rank, world, stack):
 
 def print_coverage(coverage, knobs):
     if coverage:
-        counts = "{corpus:,} windows in the corpus, {scored:,} scored, {negative:,} negative, {eligible:,} eligible"
+        low = "lowest" if knobs.filter_lowest else "negative"
+        counts = (
+            f"{{corpus:,}} windows in the corpus, {{scored:,}} scored, {{negative:,}} {low}, {{eligible:,}} eligible"
+        )
         print(f"values of {knobs.filter_from}, pool '{knobs.filter_pool}': {counts.format(**coverage)};")
         print(f"the filter can touch {coverage['touchable']:.1%} of the draws")
         if coverage["touchable"] < 0.5:

@@ -142,6 +142,14 @@ def test_control_filtered_and_random_arms(home, with_negatives, capsys):
     assert "report.png" in os.listdir("out/report")
 
 
+def test_the_lowest_of_their_iterations_are_dropped_wherever_zero_is(home, baseline, capsys):
+    sample_id, z_score, _ = load_values(baseline, key="z_score")
+    call(train.main, f"{TINY} --filter_from={baseline} --filter_lowest=0.25 --score=True --out_dir=out/{{arm}}")
+    assert "32 scored, 8 lowest, 24 eligible" in capsys.readouterr().out
+    assert set(read_log("out/lowest")["sample_id"].ravel()) == set(sample_id[np.argsort(z_score)[8:]])
+    call(report.main, f"{baseline} out/lowest --out=out/report")
+
+
 def test_the_adam_direction_and_dropout_and_bfloat16(home):
     flags = "--score=True --value_direction=adam --dropout=0.1 --dtype=bfloat16 --val_batch_size=9"
     call(train.main, f"{TINY} {flags} --out_dir=out/x")

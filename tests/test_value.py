@@ -94,12 +94,17 @@ def test_the_adam_direction_against_its_formula(steps):
 def test_values_are_summed_over_visits(tmp_path_factory, seed, B, files):
     out_dir = str(tmp_path_factory.mktemp("run"))
     rng, oracle, visits, n = np.random.default_rng(seed), {}, {}, 0
+    z_scores = {}
     for k in files:
         entries = []
         for _ in range(k):
             ids, dots = rng.integers(0, 8, B), torch.tensor(rng.normal(size=B), dtype=torch.float32)
             lr, clip = rng.random(), torch.tensor(rng.random(), dtype=torch.float32)
             entries.append(dict(iter=n, lr=lr, clip=clip, sample_id=ids, dot_product=dots[:, None]))
+            exact = dots.double()
+            z = torch.zeros(1, dtype=exact.dtype) if B == 1 else (exact - exact.mean()) / exact.std(correction=0)
+            for i, one in zip(ids, z.tolist(), strict=True):
+                z_scores.setdefault(i, []).append(one)
             for i, dot in zip(ids, dots.tolist(), strict=True):
                 oracle[i] = oracle.get(i, 0.0) + lr * clip.item() / B * dot
                 visits[i] = visits.get(i, 0) + 1
@@ -110,6 +115,8 @@ def test_values_are_summed_over_visits(tmp_path_factory, seed, B, files):
     assert sample_id.tolist() == sorted(oracle)
     np.testing.assert_allclose(value, [oracle[i] for i in sample_id], rtol=1e-12, atol=1e-15)
     assert count.tolist() == [visits[i] for i in sample_id]
+    z_score = load_values(out_dir, key="z_score")[1]
+    np.testing.assert_allclose(z_score, [np.mean(z_scores[i]) for i in sample_id], rtol=1e-9, atol=1e-9)
     assert read_log(out_dir)["iter"].tolist() == list(range(n))
 
 
