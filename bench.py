@@ -58,7 +58,7 @@ class Knobs:
     compile: bool = False
     device: str = "cpu"
     value_direction: str = "adam"  # or 'sgd'
-    n_directions: int = 1  # dotted in the same backward, the first of them with a validation pass of its own
+    n_directions: int = 1  # dotted in the same backward, all made of the same validation windows
     rounds: int = 15
     peak_tflops: float = 0.0  # of the GPU in dtype, for MFU; 0: as in PEAK_TFLOPS, or MFU is not printed
     json: bool = False  # an object instead of the table

@@ -106,9 +106,9 @@ def add_samples(dw, x, dy, direction, running):
     running.
 
     The weight gradient may as well be accumulated one sample at a time; <dw, direction> after each sample then gives
-    the sample's dot as a difference: one multiplication in T more than without it. (A buffer for each sample's share
-    costs two more passes over memory; blocks of rows that stay in cache cost more in small matrix products than they
-    save.)
+    the sample's dot as a difference: for each direction one multiplication in T more than without it. (A buffer for
+    each sample's share costs two more passes over memory; blocks of rows that stay in cache cost more in small matrix
+    products than they save.)
     """
     if use_triton and dw.dtype == torch.float32:
         if running is None:
@@ -501,8 +501,9 @@ def write_values(out_dir):
     """
     Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,) int64,
     and z_score (n,), the mean over visits of the value less the mean of its iteration's, over their standard
-    deviation. Where the run has several columns, these are of the first, and values, z_scores (n, C) of all, named by
-    `columns`; where their directions come in groups of validation windows, errors (n, C) are the standard errors.
+    deviation. `columns` (C,) has the names of the run's columns. Where they are several, these are of the first, and
+    values, z_scores (n, C) of all; where their directions come in groups of validation windows, errors (n, C) are the
+    standard errors.
     """
     log = read_log(out_dir)
     sample_id, where, visits = np.unique(log["sample_id"], return_inverse=True, return_counts=True)
@@ -519,8 +520,9 @@ def write_values(out_dir):
         z_scores.append(np.bincount(where.ravel(), weights=z.ravel(), minlength=len(sample_id)) / visits)
     z_scores = np.stack(z_scores, 1)
     arrays = dict(sample_id=sample_id, value=values[:, 0], visits=visits, z_score=z_scores[:, 0])
+    arrays["columns"] = np.array(list(columns))
     if len(columns) > 1:
-        arrays |= dict(columns=np.array(list(columns)), values=values, z_scores=z_scores)
+        arrays |= dict(values=values, z_scores=z_scores)
     if len(groups[0]) > 1:
         arrays["errors"] = np.stack([group.std(0, ddof=1) / len(group) ** 0.5 for group in groups], 1)
     with atomic_write(os.path.join(out_dir, "values.npz")) as file:
@@ -539,7 +541,7 @@ def load_values(out_dir, column="", key="value"):
         with np.load(path, allow_pickle=False) as arrays:  # which compares every array with its CRC-32
             sample_id, value, visits = arrays["sample_id"], arrays[key], arrays["visits"]
             columns = list(arrays["columns"]) if "columns" in arrays else []
-            if column in columns:
+            if column in columns[1:]:
                 value = arrays[f"{key}s"][:, columns.index(column)]
         if not (sample_id.shape == value.shape == visits.shape == (sample_id.size,) and np.isfinite(value).all()):
             raise ValueError("arrays of different lengths, or values that are not finite")
@@ -550,5 +552,5 @@ def load_values(out_dir, column="", key="value"):
             f"{path}: damaged ({type(error).__name__}: {error}); resume its run, --init_from=resume, to write it again"
         ) from error
     if column and column not in columns:
-        raise UserError(f"{path}: has no column '{column}', only {', '.join(columns) or 'one'}; leave --filter_column")
+        raise UserError(f"{path}: has no column '{column}', only {', '.join(columns)}; mend --filter_column")
     return sample_id, value, visits

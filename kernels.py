@@ -25,8 +25,8 @@ except ImportError:  # some platforms have none: `choose` says so
 
 # The tile of dW and the part of T that is taken at a time. bfloat16: 128 registers for each of 256 threads and 64 KB of
 # shared memory (96 on an H100) leave room for two programs on a processor, so that one multiplies while the other takes
-# its dot. What spills for it is read outside the loop over T, but for five registers on an A100. float32 runs on the
-# ordinary units, which keep their operands in registers too: smaller tiles.
+# its dot. With one direction, what spills for it is read outside the loop over T, but for five registers on an A100.
+# float32 runs on the ordinary units, which keep their operands in registers too: smaller tiles.
 TILES = {
     torch.bfloat16: dict(BLOCK_OUT=128, BLOCK_IN=128, BLOCK_T=64, num_warps=8, num_stages=3, maxnreg=128),
     torch.float32: dict(BLOCK_OUT=64, BLOCK_IN=64, BLOCK_T=16, num_warps=4, num_stages=3),

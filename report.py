@@ -57,6 +57,7 @@ class Run:
     iters: np.ndarray  # (e,) iterations before each evaluation
     losses: np.ndarray  # (e,) test losses, nats per token
     lines: list  # the training lines of metrics.jsonl
+    test_set: str = ""  # whose losses they are; '': the whole test split's
 
     @property
     def knobs(self):
@@ -125,7 +126,7 @@ def read_run(folder, test_set=""):
         found = f"--test_set={test_set}: {folder} was trained with --val_sets={config['knobs'].get('val_sets', 'all')}"
         raise UserError(f"{found}; train it with --val_sets=all,{test_set}")
     iters = np.array(sorted(evaluations))
-    return Run(folder, config, iters, np.array([evaluations[i] for i in iters]), lines)
+    return Run(folder, config, iters, np.array([evaluations[i] for i in iters]), lines, test_set)
 
 
 def group_key(config):
@@ -283,6 +284,8 @@ def remarks(groups, rows, target_loss):
     """What a reader of the table must know: the rule, then what is particular about these runs. A list of sentences."""
     reference, its_row = next((group, row) for group, row in zip(groups, rows, strict=True) if row["reference"])
     notes = []
+    if reference.runs[0].test_set:
+        notes.append(f"Test losses are those of {reference.runs[0].test_set} alone.")
     if len(groups) > 1:
         to = f"the final test loss of {reference.name} ({number(its_row['target'], '.4f')})"
         notes.append(
@@ -335,6 +338,8 @@ def draw_loss(ax, groups, rows, target_loss):
     reference, others = next(row for row in rows if row["reference"]), [row for row in rows if not row["reference"]]
     marked = [row for row in others if row["arm"] == "treatment"] or others or rows
     end, low, high = 1, math.inf, -math.inf
+    whose = groups[0].runs[0].test_set
+    whose = f" on {whose}" if whose else ""
     for place, (group, row) in enumerate(zip(groups, rows, strict=True)):
         iters, mean, sd = group.curve()
         iters, mean, sd = (a if a is None else a[np.isfinite(mean)] for a in (iters, mean, sd))
@@ -352,7 +357,7 @@ def draw_loss(ax, groups, rows, target_loss):
         end, low = max(end, iters[-1]), min(low, mean.min())
         # the steep fall of the first iterations would leave no room for the rest: it is cut off
         high = max(high, np.interp(0.15 * group.runs[0].knobs["max_iters"], iters, mean))
-    ax.set(xlabel="iteration", ylabel="test loss (nats per token)", xlim=(0, end * 1.02))
+    ax.set(xlabel="iteration", ylabel=f"test loss{whose} (nats per token)", xlim=(0, end * 1.02))
     if others:
         target = reference["target"]["mean"]
         what = f"final test loss of {reference['name']}" if target_loss is None else "target test loss"
@@ -550,7 +555,9 @@ def figures(groups, rows, target_loss, out):
         return paths, ["No run has values (values.npz of a run with --score=True that has ended): no value figures."]
     values, log = load_values(run.folder), read_log(run.folder)
     corpus = open_corpus(run, values[0])
-    notes.append(f"Values in the figures: {run.folder}.")
+    columns = list(dict.fromkeys(log["directions"]))
+    several = f", its first column, {columns[0]}, of {len(columns)}" if len(columns) > 1 else ""
+    notes.append(f"Values in the figures: {run.folder}{several}.")
     if corpus is None:
         folder = os.path.join(run.knobs["data_dir"], run.knobs["dataset"])
         notes.append(f"{folder}: the corpus is not here, so there are no domains and no windows as text.")
@@ -596,10 +603,8 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the table")
     args = parser.parse_args(argv)
 
-    runs = [
-        read_run(folder, args.test_set)
-        for folder in {os.path.realpath(folder): folder for folder in args.runs}.values()
-    ]
+    test_set = "" if args.test_set == "all" else args.test_set
+    runs = [read_run(folder, test_set) for folder in {os.path.realpath(path): path for path in args.runs}.values()]
     for run in runs[1:]:
         if run.config["fingerprint"] != runs[0].config["fingerprint"]:
             names = [f"{r.folder} ('{r.knobs['dataset']}')" for r in (runs[0], run)]

@@ -75,7 +75,7 @@ class Knobs:
     block_size: int = 1024  # tokens in a window
     # the values
     score: bool = False  # value every window of every batch
-    val_batch_size: int = 1  # m, the validation windows that a direction is made of, drawn anew every iteration
+    val_batch_size: int = 1  # m, the validation windows that a direction is made of, by default drawn every iteration
     val_sets: str = "all"  # of the val split: 'all', domains, or other corpora of data_dir; 'a,b': values for each
     val_windows: int = 0  # draw only from so many windows of each set; 0: from all
     val_groups: int = 1  # make a direction of each of so many parts of the m windows, for standard errors
@@ -154,6 +154,8 @@ class Knobs:
         fresh = self.val_interval == 1 and not self.val_average
         midpoint = "--value_order=2 takes its gradient at the midpoint of the step: no --val_interval or --val_average"
         check(self.value_order == 1 or fresh, midpoint)
+        masks = "--value_order=2 with --dropout needs --compile=False: two graphs may draw different masks"
+        check(self.value_order == 1 or not (self.dropout and self.compile), masks)
         float16 = "float16 needs a loss scaler, which would scale the values too; " if self.dtype == "float16" else ""
         check(self.dtype in ("bfloat16", "float32"), f"--dtype={self.dtype}: {float16}expected bfloat16 or float32")
         heads = f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}"
@@ -186,7 +188,7 @@ FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name", "proce
 
 # what a checkpoint holds
 CHECKPOINT = ("model", "optimizer", "model_args", "iter_num", "position", "negative", "knobs", "fingerprint")
-CHECKPOINT += ("metrics_bytes", "order", "val_gradients")
+CHECKPOINT += ("metrics_bytes", "order", "val_gradients", "val_sets")
 
 
 def get_lr(it, knobs):
@@ -278,14 +280,14 @@ def load_corpus(knobs):
 
 def open_sets(knobs, meta, data, split, seed, stream):
     """
-    {name: (its Tokens, the WindowOrder of its windows)} of `split` of val_sets. Raises UserError for a set that is
-    neither a domain nor a corpus, or has too few windows.
+    {name: (its Tokens, the WindowOrder of its windows, its corpus's fingerprint)} of `split` of val_sets. Raises
+    UserError for a set that is neither a domain nor a corpus, or has too few windows.
     """
     T, sets = knobs.block_size, {}
     folder = os.path.join(knobs.data_dir, knobs.dataset)
     needed = max(knobs.val_batch_size, knobs.val_windows) if split == "val" else 1
     for name in knobs.val_sets.split(","):
-        where, tokens, ids = folder, data[split], None
+        where, tokens, ids, fingerprint = folder, data[split], None, meta["fingerprint"]
         if name in meta["domains"] and name != "all":
             ids = np.arange(count_windows(tokens, T))
             ids = ids[window_domains(folder, split, ids, T, meta) == meta["domains"].index(name)]
@@ -299,7 +301,7 @@ def open_sets(knobs, meta, data, split, seed, stream):
                 found = f"'{name}' has the tokenizer {theirs['tokenizer']}, {knobs.dataset} has {meta['tokenizer']}"
                 mend = f"prepare it with --tokenizer={meta['tokenizer']}"
                 raise UserError(f"--val_sets={knobs.val_sets}: {found}; {mend}")
-            tokens = open_split(where, split, theirs)
+            tokens, fingerprint = open_split(where, split, theirs), theirs["fingerprint"]
         n = count_windows(tokens, T) if ids is None else len(ids)
         if n < needed:
             flag = "val_batch_size or --val_windows" if split == "val" else "block_size"
@@ -309,11 +311,11 @@ def open_sets(knobs, meta, data, split, seed, stream):
         if split == "val" and knobs.val_windows:
             few, _ = order.take(0, knobs.val_windows)
             order = WindowOrder(len(few), seed, stream, few)
-        sets[name] = tokens, order
+        sets[name] = tokens, order, fingerprint
     return sets
 
 
-def open_checkpoint(knobs, ckpt_path, fingerprint):
+def open_checkpoint(knobs, ckpt_path, fingerprint, val_sets):
     """The checkpoint that the run starts from, or None; raises UserError where it is not one of this very run's."""
     if knobs.init_from != "resume":
         weights = ("model", "model_args")
@@ -324,6 +326,10 @@ def open_checkpoint(knobs, ckpt_path, fingerprint):
     if checkpoint.get("fingerprint") != fingerprint:
         mend = "choose another --out_dir or --dataset"
         raise UserError(f"{ckpt_path}: trained on another corpus than --dataset={knobs.dataset}; {mend}")
+    changed = [name for name in val_sets if checkpoint["val_sets"].get(name, val_sets[name]) != val_sets[name]]
+    if changed:
+        found = f"--val_sets={knobs.val_sets}: {', '.join(changed)} is another corpus than {ckpt_path} began with"
+        raise UserError(f"{found}; bring it back, or train anew in another --out_dir")
     then, now = checkpoint["knobs"], asdict(knobs)
     for key in now:
         if key not in FREE_KNOBS and then.get(key) != now[key]:
@@ -354,7 +360,9 @@ def train(knobs, rank, world, stack):
     kinds = knobs.value_direction.split(",")
     directions = [f"{name}:{kind}" for name in val_sets for kind in kinds for _ in range(knobs.val_groups)]
     test_sets = {"": (data["test"], WindowOrder(n_windows["test"], 0, TEST))}  # the same for all seeds
-    for name, test_set in open_sets(knobs, meta, data, "test", 0, TEST).items():
+    fingerprints = {}  # of the corpora that val_sets come from
+    for name, (*test_set, fingerprint) in open_sets(knobs, meta, data, "test", 0, TEST).items():
+        fingerprints[name] = fingerprint
         if name != "all":
             test_sets[f"_{name}"] = test_set
     test_ids = {}
@@ -378,7 +386,7 @@ def train(knobs, rank, world, stack):
         if begun and not resume:
             mend = "go on with --init_from=resume or choose another --out_dir"
             raise UserError(f"{knobs.out_dir}: holds a run already; {mend}")
-    checkpoint = open_checkpoint(knobs, ckpt_path, meta["fingerprint"])
+    checkpoint = open_checkpoint(knobs, ckpt_path, meta["fingerprint"], fingerprints)
     torch.manual_seed(knobs.seed)
     try:
         model = make_model(knobs, meta["vocab_size"], checkpoint).to(knobs.device)
@@ -420,6 +428,8 @@ def train(knobs, rank, world, stack):
                 raise UserError(f"{knobs.out_dir}/dot_prod: ends at iteration {reached}, {ckpt_path} at {iter_num}")
     del checkpoint
     buffers = attach_directions(model, len(directions)) if knobs.score else None
+    # a graph for every shape: training, scoring, validation, and the last batch of each test set
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 2 * len(test_sets))
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if knobs.compile else model
     net = compiled  # what trains; validation and evaluation need no averaging of gradients
     if world > 1:  # the buffers are the directions, which every rank computes
@@ -429,7 +439,7 @@ def train(knobs, rank, world, stack):
     # the run's folder
     micro_steps = knobs.gradient_accumulation_steps // world  # of this rank
     if rank == 0:
-        description = describe(knobs, meta["fingerprint"], model, coverage)
+        description = describe(knobs, meta["fingerprint"], model, coverage) | dict(val_sets=fingerprints)
         with atomic_write(os.path.join(knobs.out_dir, "config.json")) as file:
             file.write(json.dumps(description, indent=1).encode())
         if knobs.wandb_log:
@@ -478,11 +488,14 @@ def train(knobs, rank, world, stack):
         return val_sets[name][1].take(iter_num // knobs.val_interval * knobs.val_batch_size, knobs.val_batch_size)[0]
 
     def set_directions(stepped=False):
-        """Fill the directions' buffers, from fresh validation gradients if it is time; their mean loss or the last."""
-        nonlocal val_loss
+        """Fill the directions' buffers, from fresh validation gradients if it is time."""
+        nonlocal val_loss, val_ms, untimed
         if iter_num % knobs.val_interval == 0:
+            started = synchronized_time(device_type) if untimed else 0.0
             fresh, losses = [], []
-            for name, (tokens, _) in val_sets.items():
+            if not knobs.val_average:
+                val_gradients.clear()  # before there are as many again
+            for name, (tokens, *_) in val_sets.items():
                 for ids in np.split(val_ids(name, iter_num), knobs.val_groups):
                     mine = np.array_split(ids, world)[rank]
                     with autocast:
@@ -493,12 +506,14 @@ def train(knobs, rank, world, stack):
                     losses.append(loss)
             val_loss = torch.stack(losses).mean()
             if knobs.val_average and val_gradients:
-                passes, decay = iter_num // knobs.val_interval + 1, 0.5 ** (knobs.val_interval / knobs.val_average)
-                for old, new in zip(val_gradients, fresh, strict=True):  # with its start corrected, as Adam's
-                    weight = (1 - decay) / (1 - decay**passes)
+                passes, x = iter_num // knobs.val_interval + 1, math.log(2) * knobs.val_interval / knobs.val_average
+                weight = math.expm1(-x) / math.expm1(-x * passes)  # (1 - d) / (1 - d^passes), as Adam's bias correction
+                for old, new in zip(val_gradients, fresh, strict=True):
                     torch._foreach_lerp_([old[p] for p in params], [new[p] for p in params], weight)
             else:
                 val_gradients[:] = fresh
+            if untimed:
+                val_ms, untimed = (synchronized_time(device_type) - started) * 1000 / knobs.val_interval, False
         k = 0
         for i in range(0, len(val_gradients), knobs.val_groups):
             groups = val_gradients[i : i + knobs.val_groups]
@@ -539,7 +554,7 @@ def train(knobs, rank, world, stack):
     def check_numbers():
         """
         Stop at the first step since the last check that had a number that is not finite. The optimiser has stood still
-        since, so that its windows can still be asked for their losses.
+        since (with value_order 2, since the step behind it), so that its windows can still be asked for their losses.
         """
         bad_iter, *numbers = bad.tolist()
         bad_iter = int(bad_iter)
@@ -598,6 +613,7 @@ def train(knobs, rank, world, stack):
                 "negative": shares,
                 "knobs": asdict(knobs),
                 "fingerprint": meta["fingerprint"],
+                "val_sets": fingerprints,
                 "metrics_bytes": os.path.getsize(metrics_path),
                 "val_gradients": [[g[p] for p in params] for g in val_gradients] if lasting else [],
             }
@@ -610,6 +626,7 @@ def train(knobs, rank, world, stack):
     model.train()
     lr = 0.0
     val_loss = torch.zeros((), device=knobs.device)
+    val_ms, untimed = 0.0, True  # of validation gradients, an iteration's share; timed once for each printed line
     entries = []  # the dot products since the last checkpoint, left on the device
     recent = {}  # iteration: its windows, since the last check of the numbers
     # iteration, loss, gradient norm, validation loss and sum of dot products of the first step where one of them is not
@@ -637,21 +654,19 @@ def train(knobs, rank, world, stack):
             record({"iter": iter_num} | losses, f"iter {iter_num}: {said}")
         if last:
             break
+        report = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
+        if knobs.score and report:
+            first_set, untimed = next(iter(val_sets)), True
+            val_before = evaluate(val_sets[first_set][0], val_ids(first_set, iter_num))
         clock += time.perf_counter() - paused
 
         lr = get_lr(iter_num, knobs)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        report = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
 
         # the directions: validation windows of this iteration's own, before the batch is seen
-        if knobs.score and report:
-            tokens = val_sets[next(iter(val_sets))][0]
-            val_before = evaluate(tokens, val_ids(next(iter(val_sets)), iter_num))
-        started = synchronized_time(device_type) if report else 0.0
         if knobs.score and knobs.value_order == 1:
             set_directions()
-        val_ms = (synchronized_time(device_type) - started) * 1000 if report else 0.0
 
         # forward and backward; the gradient of alpha is the dot products
         ids, position = order.take(position, B)
@@ -680,10 +695,8 @@ def train(knobs, rank, world, stack):
         # to second order: the directions at the step's midpoint, and the batch once more where the step began
         if knobs.score and knobs.value_order == 2:
             stepped = [p.detach().clone() for p in params]
-            started = synchronized_time(device_type) if report else 0.0
             retreat_to_midpoint(optimizer)
             set_directions(stepped=True)
-            val_ms = (synchronized_time(device_type) - started) * 1000 if report else 0.0
             with torch.no_grad():
                 torch._foreach_copy_(params, theta)
             for step, micro_ids in micro:
@@ -711,7 +724,7 @@ def train(knobs, rank, world, stack):
                 change = [p.detach() - b for p, b in zip(params, theta, strict=True)]
                 metrics["negative"] = total(torch.stack(negative).mean()).item() / world
                 metrics["predicted"] = -sum((gradient[p] * d).sum() for p, d in zip(params, change, strict=True)).item()
-                metrics["realised"] = val_before - evaluate(tokens, val_ids(next(iter(val_sets)), iter_num))
+                metrics["realised"] = val_before - evaluate(val_sets[first_set][0], val_ids(first_set, iter_num))
                 metrics["value_sum"] = total(lr * clip / B * first.sum()).item()
                 metrics["val_ms"] = val_ms
                 line += " ({val_ms:.0f} validation), {negative:.1%} negative; validation loss: predicted drop "

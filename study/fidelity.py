@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -32,6 +31,7 @@ from data_value import attach_directions, retreat_to_midpoint, set_direction, va
 from loader import TRAIN, VAL, WindowOrder, count_windows, get_batch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare_owt import load_meta, open_split  # noqa: E402
+from study import script  # noqa: E402
 
 B, M, T, BATCHES = 8, 16, 64, 6
 BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -48,8 +48,7 @@ def state_of(dataset, lr, stage):
         )
         flags |= dict(checkpoint_interval=10000, eval_interval=10000, device="cpu", compile=False)
         flags |= dict(init_from="resume" if os.path.exists(f"{folder}/ckpt.pt") else "scratch")
-        command = [sys.executable, f"{ROOT}/train.py", *(f"--{key}={value}" for key, value in flags.items())]
-        subprocess.run(command, check=True, capture_output=True)
+        script("train.py", *(f"--{key}={value}" for key, value in flags.items()))
         open(f"{folder}/done", "w").close()
     return torch.load(f"{folder}/ckpt.pt", weights_only=True)
 

@@ -29,6 +29,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
+from configurator import UserError  # noqa: E402
 from data_value import load_values, read_log  # noqa: E402
 from files import atomic_write  # noqa: E402
 from loader import mix  # noqa: E402
@@ -73,7 +74,15 @@ def prepare(documents, name, wanted):
             if wanted(domain):
                 file.write(json.dumps(dict(text=text, domain=domain)).encode() + b"\n")
     flags = [f"--source=data/{name}.jsonl", "--domain_field=domain", "--tokenizer=bytes", f"--name={name}"]
-    subprocess.run([sys.executable, f"{ROOT}/prepare_owt.py", *flags], check=True, capture_output=True)
+    script("prepare_owt.py", *flags)
+
+
+def script(name, *flags):
+    """Run one of the project's scripts on one thread; raises UserError with what it says where it fails."""
+    command = [sys.executable, f"{ROOT}/{name}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise UserError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
 
 
 def damage(clean, foreign, name):
@@ -110,10 +119,7 @@ def train(folder, **knobs):
     if os.path.exists(f"{folder}/ckpt.pt"):
         flags.append("--init_from=resume")
     started = time.perf_counter()
-    command = [sys.executable, f"{ROOT}/train.py", *flags, f"--out_dir={folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    script("train.py", *flags, f"--out_dir={folder}")
     return time.perf_counter() - started
 
 
@@ -134,6 +140,11 @@ def judge(value, kind):
     return dict(negative=float((value < 0).mean()), auc=found)
 
 
+def z_score(dots):
+    """Within the iteration: (k, B)."""
+    return (dots - dots.mean(1, keepdims=True)) / dots.std(1, keepdims=True)
+
+
 def measure_values(folder, dataset):
     """What a scored run's log says, for each column; with the learning rate, without it, and in thirds of the run."""
     log, meta = read_log(folder), load_meta(f"data/{dataset}")
@@ -146,7 +157,7 @@ def measure_values(folder, dataset):
         dots = log["dot_product"][:, :, places].mean(2, dtype=np.float64)
         value = log["scale"] * dots
         column = judge(value.ravel(), kind.ravel())  # every window is visited once
-        z = (dots - dots.mean(1, keepdims=True)) / dots.std(1, keepdims=True)
+        z = z_score(dots)
         column["z_score"] = judge(z.ravel(), kind.ravel())
         lowest_ = kind.ravel()[np.argsort(z.ravel())[: int(0.15 * z.size)]]
         column["z_score"]["damaged"] = [float((kind > 0).mean()), float((lowest_ > 0).mean())]
@@ -159,9 +170,7 @@ def measure_values(folder, dataset):
             for v, m in zip(*parts, strict=True)
         ]
         columns[name] = column
-    lines = read_run(folder).lines[1:]
-    step, val = (float(np.median([line[key] for line in lines])) for key in ("step_ms", "val_ms"))
-    return dict(columns=columns, step_ms=step, val_ms=val)
+    return dict(columns=columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +242,7 @@ def within_domain(folder, column=""):
 
 def both_visits(folder, column=""):
     """The sum of two runs' values of the same windows, the second with other weights and another order."""
-    (sample_id, value), (same_id, again) = by_sign(folder, column), by_sign(f"{folder}_again")
+    (sample_id, value), (same_id, again) = by_sign(folder, column), by_sign(f"{folder} again")
     assert np.array_equal(sample_id, same_id)
     return sample_id, value + again
 
@@ -241,7 +250,7 @@ def both_visits(folder, column=""):
 def both_visits_by_iteration(folder, column=""):
     """The same of values in standard deviations of their iteration's, so that the first iterations do not rule."""
     sums = 0
-    for run in (folder, f"{folder}_again"):
+    for run in (folder, f"{folder} again"):
         log = read_log(run)
         order = np.argsort(log["sample_id"].ravel())
         sums = sums + (log["value"] / log["value"].std(1, keepdims=True)).ravel()[order]
@@ -318,6 +327,7 @@ TRAINED_DAMAGED = {
 TRAINED_CLEAN = {
     "control": ("m16", None, "", {}),
     "random": ("m16", by_sign, "all:adam", dict(random=True)),
+    "random lowest": ("m16", lowest(0.1), "all:adam", dict(random=True)),
     "sign": ("m16", by_sign, "all:adam", {}),
     "lowest": ("m16", lowest(0.1), "all:adam", {}),
     "document": ("m16", by_document, "all:adam", {}),
@@ -345,26 +355,29 @@ def run_scored(args, dataset, name, knobs, seed):
 
 def agreement(first, again, dataset):
     """
-    How far values of the same windows agree, {pair: [correlation, share negative in both, in one, in the other]}: of
+    How far values of the same windows agree, {pair: [correlation of z-scores, share negative in both, in one, in the
+    other]}: of
     two halves of the validation windows of one run; of two runs, for windows and for means of documents and domains.
     """
     log, meta = read_log(first), load_meta(f"data/{dataset}")
     dots, found = log["dot_product"], {}
     if log["directions"].count("all:adam") == 4:
-        found["halves"] = agree(*(dots[:, :, k : k + 2].mean(2).ravel() for k in (0, 2)))
-    (ids, a), (_, b) = by_sign(first), by_sign(again)
-    found["windows"] = agree(a, b)
+        halves = [dots[:, :, k : k + 2].mean(2) for k in (0, 2)]
+        found["halves"] = agree(*(z_score(half).ravel() for half in halves), *(half.ravel() for half in halves))
+    ids, signs = by_sign(first)[0], [by_sign(run)[1] for run in (first, again)]
+    a, b = (load_values(run, key="z_score")[1] for run in (first, again))
+    found["windows"] = agree(a, b, *signs)
     levels = dict(documents=document_of(ids, f"data/{dataset}"))
     levels["domains"] = window_domains(f"data/{dataset}", "train", ids, T, meta)
     for name, place in levels.items():
         _, place, count = np.unique(place, return_inverse=True, return_counts=True)
-        means = [(np.bincount(place, value) / count)[count >= 5] for value in (a, b)]
+        means = [(np.bincount(place, value) / count)[count >= 5] for value in (a, b, *signs)]
         found[name] = agree(*means) if len(means[0]) > 2 else None
     return found
 
 
-def agree(a, b):
-    shares = ((a < 0) & (b < 0)).mean(), (a < 0).mean(), (b < 0).mean()
+def agree(a, b, value_a, value_b):
+    shares = ((value_a < 0) & (value_b < 0)).mean(), (value_a < 0).mean(), (value_b < 0).mean()
     return [float(number) for number in (np.corrcoef(a, b)[0, 1], *shares)]
 
 
@@ -379,17 +392,18 @@ def run_trained(args, dataset, name, source, rule, column, knobs, seed):
     else:
         arm = dict(filter_negative=True)
     arm |= dict(filter_from=f"{folder} values", val_sets=f"all,{args.single}")
+    pool = knobs.get("filter_pool", "scored")
     seconds = train(folder, **dict(dataset=dataset, seed=seed) | RETRAIN | arm | knobs)
     with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
         lines = [line for line in map(json.loads, file) if "test_loss" in line]
     coverage = read_run(folder).config["coverage"]
     curves = {key: [line[key] for line in lines] for key in ("iter", "test_loss", f"test_loss_{args.single}")}
     dropped = dropped if rule else 0.0
-    return dict(scored=False, source=source, dropped=dropped, seconds=seconds, coverage=coverage) | curves
+    return dict(scored=False, source=source, pool=pool, dropped=dropped, seconds=seconds, coverage=coverage) | curves
 
 
 def folder_of(dataset, name, seed):
-    return f"out/study/{dataset}_s{seed}/{name}".replace("m16 again", "m16_again")
+    return f"out/study/{dataset}_s{seed}/{name}"
 
 
 def main():
@@ -397,7 +411,7 @@ def main():
     parser.add_argument("--source", default="python", help="'python', or a file of texts with their domains")
     parser.add_argument("--foreign", default="topics", help="the domain that the corpora do without")
     parser.add_argument("--single", default="asyncio", help="the domain of the single-domain validation set")
-    parser.add_argument("--corpora", default="damaged,clean", help="which to run on")
+    parser.add_argument("--corpora", default="damaged,clean", choices=("damaged,clean", "damaged", "clean"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--results", default=f"{HERE}/results.jsonl")
@@ -408,6 +422,9 @@ def main():
     read = python_documents if args.source == "python" else lambda: dataset_documents(Knobs(args.source, **domain))
     prepare(read(), f"{base}_clean", lambda domain: domain != args.foreign)
     prepare(read(), f"{base}_foreign", lambda domain: domain == args.foreign)
+    domains = load_meta(f"data/{base}_clean")["domains"]
+    if args.single not in domains or len(domains) < 2:
+        raise UserError(f"--single={args.single}: not among the domains of {args.source}: {', '.join(domains)}")
     damage(f"{base}_clean", f"{base}_foreign", f"{base}_damaged")
 
     done = set()
@@ -442,8 +459,12 @@ def main():
                     waits = [source] + ["m16 again"] * name.startswith("two visits")
                     rest = dataset, f"then {name}", run_trained, waits, source, *plan, seed
                     futures[dataset, f"then {name}", seed] = pool.submit(job, *rest)
-        for future in futures.values():
-            future.result()
+        try:
+            for future in futures.values():
+                future.result()
+        except BaseException:  # one run has failed: begin no other
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """
 The lines of study.py and fidelity.py -> tables in Markdown, and figures.
 
-    python study/tables.py --single=novels              # reads study/*.jsonl, writes study/*.png, prints the tables
+    python study/tables.py              # reads study/*.jsonl, writes study/*.png, prints the tables
 
-Every number is the mean over the seeds with its 95% interval (Student's t). Losses are compared with the control of the
-same seed. Saved: the share of the control's iterations that a run needs less to the control's final loss; where it does
-not get there, minus the share that the control needs less to the run's.
+A number with an interval is the mean over the seeds and 95% of it (Student's t); the seeds share the split, the damage
+and the test windows. Losses are compared with the references of the same seed and pool: the mean of the control and of
+the random drops, which, where no window is drawn twice, are other orders of the control's windows. Saved: the share of
+the references' iterations that a run needs less to their final loss; where it does not get there, minus the share that
+they need less to the run's.
 """
 
 import argparse
@@ -24,11 +26,11 @@ sys.path.insert(0, os.path.dirname(HERE))
 
 from report import first_crossing  # noqa: E402
 
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+T_975 = [np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # by degrees of freedom
 
 
 def interval(values):
-    """The mean and half the width of its 95% interval, None for a single value."""
+    """The mean of at most ten values and half the width of its 95% interval, None for a single one."""
     values = np.asarray(values, float)
     n = len(values)
     return float(values.mean()), float(T_975[n - 1] * values.std(ddof=1) / n**0.5) if n > 1 else None
@@ -64,6 +66,14 @@ class Lines:
             if line["corpus"] == corpus:
                 self.by_name.setdefault(line["name"], {})[line["seed"]] = line
 
+    def arms(self, failed=False):
+        """The names of the runs that train afresh: those about the failed reproduction, or the others."""
+        about_it = ("then failed", "then control all")
+        names = [name for name in self.by_name if name.startswith("then")]
+        return [
+            name for name in names if name.startswith(about_it) == failed and self.seeds(name, *self.references(name))
+        ]
+
     def seeds(self, *names):
         """The seeds that all of the runs have."""
         return sorted(set.intersection(*(set(self.by_name.get(name, {})) for name in names)))
@@ -77,13 +87,20 @@ class Lines:
             found.append(value)
         return found
 
-    def against(self, name, control, key):
-        """{differences of the final loss, savings, shares dropped} to the control, a number for each seed."""
-        found = dict(difference=[], saved=[], dropped=[], final=[])
-        for seed in self.seeds(name, control):
-            ours, theirs = self.by_name[name][seed], self.by_name[control][seed]
-            found["difference"].append(ours[key][-1] - theirs[key][-1])
-            found["saved"].append(saving(ours["iter"], ours[key], theirs[key]))
+    def references(self, name):
+        """The control that draws from the same pool, and the random drops."""
+        pool = next(iter(self.by_name[name].values()))["pool"]
+        names = [other for other in self.by_name if other.startswith(("then control", "then random"))]
+        return [other for other in names if next(iter(self.by_name[other].values()))["pool"] == pool]
+
+    def against(self, name, key):
+        """{differences of the final loss, savings, shares dropped} to the references, a number for each seed."""
+        found, references = dict(difference=[], saved=[], dropped=[], final=[]), self.references(name)
+        for seed in self.seeds(name, *references):
+            ours = self.by_name[name][seed]
+            theirs = np.mean([self.by_name[other][seed][key] for other in references], 0)
+            found["difference"].append(ours[key][-1] - theirs[-1])
+            found["saved"].append(saving(ours["iter"], ours[key], theirs))
             found["dropped"].append(ours["dropped"])
             found["final"].append(ours[key][-1])
         return found
@@ -92,7 +109,7 @@ class Lines:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def values_table(lines, single):
+def values_table(lines):
     """Part 1: share of negatives and what the values find, by how they are made."""
     rows = []
     for name, runs in lines.by_name.items():
@@ -104,37 +121,37 @@ def values_table(lines, single):
             row += [" / ".join(f"{100 * np.mean([c['thirds'][i]['negative'] for c in one]):.0f}" for i in range(3))]
             kinds = one[0]["auc"]
             row += [cell([c["auc"][kind] for c in one], "{:.2f}") for kind in kinds]
-            found = [[part["auc"]["shuffled"] for part in c["thirds"]] for c in one]
-            row += ["–" if None in found[0] else " / ".join(f"{x:.2f}" for x in np.mean(found, 0))]
-            step = [run["val_ms"] / (run["step_ms"] - run["val_ms"]) for run in runs.values()]
-            rows.append([*row, f"{100 * np.median(step):.0f}", str(len(one))])
+            row += [cell([c["z_score"]["auc"][kind] for c in one], "{:.2f}") for kind in kinds]
+            row += [cell([c["z_score"]["damaged"][1] for c in one], "{:.0f}", 100)]
+            knobs = next(iter(runs.values()))["knobs"]
+            windows = knobs.get("val_batch_size", 16) / knobs.get("val_interval", 1) / 32
+            row += [f"{100 * windows:.0f}"]
+            rows.append([*row, str(len(one))])
     head = ["validation windows", "direction", "negative, %", "in thirds of the run"]
-    head += [f"AUC {kind}" for kind in ("shuffled", "foreign", "duplicated")]
-    return markdown([*head, "shuffled, in thirds", "validation pass, % of a step", "seeds"], rows)
+    head += [f"{by}: {kind}" for by in ("AUC by value", "AUC by z-score") for kind in one[0]["auc"]]
+    return markdown([*head, "damaged among the lowest 15%, %", "validation / training windows, %", "seeds"], rows)
 
 
-def trained_table(lines, single, control="then control", names=None):
+def trained_table(lines, single, names):
     """Parts 2 to 4: what a filter changes."""
     rows = []
-    for name in names or [name for name in lines.by_name if name.startswith("then") and "all" not in name]:
-        if not lines.seeds(name, control):
-            continue
-        all_, one = (lines.against(name, control, key) for key in ("test_loss", f"test_loss_{single}"))
+    for name in names:
+        all_, one = (lines.against(name, key) for key in ("test_loss", f"test_loss_{single}"))
         row = [name.removeprefix("then "), cell(all_["dropped"], "{:.0f}", 100), cell(all_["final"], "{:.3f}")]
         row += [cell(all_["difference"], "{:+.3f}"), cell(all_["saved"], "{:+.0f}", 100)]
         row += [cell(one["difference"], "{:+.3f}"), cell(one["saved"], "{:+.0f}", 100), str(len(all_["saved"]))]
         rows.append(row)
-    head = ["kept by", "dropped, %", "final test loss", "beside the control", "iterations saved, %"]
+    head = ["kept by", "dropped, %", "final test loss", "beside control and random drops", "iterations saved, %"]
     return markdown([*head, f"on {single}", "saved on it, %", "seeds"], rows)
 
 
-def agreement_table(lines):
+def agreement_table(lines, name):
     """How far two values of the same windows agree."""
     rows = []
     labels = dict(halves="windows, one run, two halves of the validation windows", windows="windows, two runs")
     labels |= dict(documents="means of documents, two runs", domains="means of domains, two runs")
     for pair, label in labels.items():
-        found = [run["agreement"][pair] for run in lines.by_name["m16 again"].values()]
+        found = [run["agreement"].get(pair) for run in lines.by_name[name].values()]
         if None not in found:
             correlation, both, one, other = np.array(found).T
             row = [label, cell(list(correlation), "{:.2f}"), cell(list(one), scale=100)]
@@ -146,17 +163,18 @@ def fidelity_table(path):
     with open(path, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     rows = []
-    conditions = dict.fromkeys(tuple(line["condition"][1:4]) for line in lines)
-    for lr, stage, optimizer in conditions:
-        some = [line for line in lines if tuple(line["condition"][1:4]) == (lr, stage, optimizer)]
+    conditions = dict.fromkeys(tuple(line["condition"][:4]) for line in lines)
+    for dataset, lr, stage, optimizer in conditions:
+        some = [line for line in lines if tuple(line["condition"][:4]) == (dataset, lr, stage, optimizer)]
         for case in "ab":
-            row = [optimizer, f"{lr:g}", stage, case]
+            row = [dataset, optimizer, f"{lr:g}", stage, case]
             for kind in ("sgd", "sgd, order 2", "adam", "adam, order 2"):
                 pairs = np.array([line[f"{case}: {kind}"] for line in some if f"{case}: {kind}" in line])
-                row.append(" / ".join(f"{x:.3f}" for x in pairs.mean(0)) if len(pairs) else "–")
+                means = [f"{x:.3f}" for x in pairs.mean(0)] if len(pairs) else []
+                row.append(f"{' / '.join(means)} ({pairs[:, 1].min():.2f})" if means else "–")
             rows.append([*row, str(len(some))])
-    rows.sort(key=lambda row: (row[0], row[3]))
-    head = ["step", "lr", "stage", "case", "'sgd'", "'sgd', order 2", "'adam'", "'adam', order 2", "batches"]
+    rows.sort(key=lambda row: (row[0], row[1], row[4]))
+    head = ["corpus", "step", "lr", "stage", "case", "'sgd'", "'sgd', order 2", "'adam'", "'adam', order 2", "batches"]
     return markdown(head, rows)
 
 
@@ -185,14 +203,13 @@ def draw_shares(lines, path):
     axes[0].legend(frameon=False, fontsize=7)
     axes[1].set(ylabel="AUC for shuffled windows")
     axes[1].axhline(0.5, color="black", linewidth=0.6, linestyle="--")
-    names = [name for name in lines.by_name if name.startswith("then") and "all" not in name and "failed" not in name]
-    names = [name for name in names if name != "then control" and "single" not in name][::-1]
-    found = [interval(lines.against(name, "then control", "test_loss")["difference"]) for name in names]
+    names = [name for name in lines.arms() if "single" not in name][::-1]
+    found = [interval(lines.against(name, "test_loss")["difference"]) for name in names]
     mean, half = [m for m, _ in found], [h or 0 for _, h in found]
     axes[2].errorbar(mean, range(len(names)), xerr=half, fmt="ko", capsize=3)
     axes[2].axvline(0, color="black", linewidth=0.6, linestyle="--")
     axes[2].set_yticks(range(len(names)), [name.removeprefix("then ") for name in names], fontsize=8)
-    axes[2].set(xlabel="final test loss beside the control's (nats)")
+    axes[2].set(xlabel="final test loss beside control and random drops (nats)")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -207,7 +224,7 @@ def draw_domains(lines, column, path):
     for i, domain in enumerate(domains):
         value, share = table[..., i, 0].mean(0), table[..., i, 1].mean(0)
         total = np.abs(table[..., 0]).mean(2).mean(0)
-        style = dict(color=f"C{i}", linewidth=2.5 if domain in column else 1.2)
+        style = dict(color=f"C{i}", linewidth=2.5 if column.startswith(f"{domain}:") else 1.2)
         axes[0].plot(iterations, value / total, label=domain, **style)
         axes[1].plot(iterations, 100 * share, **style)
     axes[0].axhline(0, color="black", linewidth=0.6, linestyle="--")
@@ -222,7 +239,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=f"{HERE}/results.jsonl")
     parser.add_argument("--fidelity", default=f"{HERE}/fidelity.jsonl")
-    parser.add_argument("--single", default="two", help="the single-domain validation set of the runs")
     parser.add_argument("--out", default=HERE, help="the folder for the figures")
     args = parser.parse_args()
     with open(args.results, encoding="utf-8") as file:
@@ -230,15 +246,15 @@ def main():
     os.makedirs(args.out, exist_ok=True)
     for corpus in dict.fromkeys(line["corpus"] for line in everything):
         lines = Lines(everything, corpus)
-        single = next((key for line in everything if line["corpus"] == corpus for key in line if "loss_" in key), "")
-        single = single.removeprefix("test_loss_") or args.single
-        print(f"## {corpus}\n\n{values_table(lines, single)}")
-        print(trained_table(lines, single))
-        if lines.seeds("then control all"):
-            names = ["then control all", "then failed", "then failed, redrawn", "then failed, weighted"]
-            print(trained_table(lines, single, "then control all", names))
-        if lines.seeds("m16 again"):
-            print(agreement_table(lines))
+        keys = (key for line in everything if line["corpus"] == corpus for key in line)
+        single = next((key.removeprefix("test_loss_") for key in keys if key.startswith("test_loss_")), "")
+        print(f"## {corpus}\n\n{values_table(lines)}")
+        for failed in (False, True):
+            if lines.arms(failed):
+                print(trained_table(lines, single, lines.arms(failed)))
+        for name in ("m16 again", "m16 average32 again"):
+            if lines.seeds(name):
+                print(f"{name.removesuffix(' again')}:\n\n{agreement_table(lines, name)}")
         if corpus.endswith("damaged"):
             draw_shares(lines, f"{args.out}/{corpus}.png")
         for column in next(iter(lines.by_name["m16"].values()))["columns"]:

@@ -143,8 +143,9 @@ def test_control_filtered_and_random_arms(home, with_negatives, capsys):
 
 
 def test_the_lowest_of_their_iterations_are_dropped_wherever_zero_is(home, baseline, capsys):
-    sample_id, z_score, _ = load_values(baseline, key="z_score")
-    call(train.main, f"{TINY} --filter_from={baseline} --filter_lowest=0.25 --score=True --out_dir=out/{{arm}}")
+    sample_id, z_score, _ = load_values(baseline, "all:sgd", "z_score")
+    arm = f"--filter_from={baseline} --filter_column=all:sgd --filter_lowest=0.25"
+    call(train.main, f"{TINY} {arm} --score=True --out_dir=out/{{arm}}")
     assert "32 scored, 8 lowest, 24 eligible" in capsys.readouterr().out
     assert set(read_log("out/lowest")["sample_id"].ravel()) == set(sample_id[np.argsort(z_score)[8:]])
     call(report.main, f"{baseline} out/lowest --out=out/report")

@@ -280,6 +280,26 @@ def test_a_run_interrupted_between_refreshed_gradients_goes_on_as_if_it_was_not(
     assert len(a["val_gradients"]) == (2 if "--val_interval" in flags else 0)
 
 
+def test_a_very_long_half_life_is_the_plain_mean(home):  # noqa: F811
+    call(train.main, f"{SCORED} --val_average=1e20 --out_dir=out/x")
+    call(train.main, f"{SCORED} --val_average=1e9 --out_dir=out/y")
+    np.testing.assert_allclose(read_log("out/x")["dot_product"], read_log("out/y")["dot_product"], rtol=1e-3, atol=1e-6)
+
+
+def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # noqa: F811
+    shutil.copytree("data/tiny", "data/other")
+    flags = f"{SCORED} --val_sets=other --out_dir=out/x"
+    call(train.main, f"{flags} --max_iters=3")
+    with open("out/x/config.json", encoding="utf-8") as file:
+        assert json.load(file)["val_sets"] == dict(other=prepare_owt.load_meta("data/tiny")["fingerprint"])
+    meta = prepare_owt.load_meta("data/other") | dict(fingerprint="another")
+    meta["checksum"] = prepare_owt.checksum_of(meta)
+    with open("data/other/meta.json", "w", encoding="utf-8") as file:
+        json.dump(meta, file)
+    with pytest.raises(SystemExit, match="--val_sets=other: other is another corpus than out/x/ckpt.pt began with"):
+        call(train.main, f"{flags} --init_from=resume")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -296,6 +316,7 @@ def test_a_run_interrupted_between_refreshed_gradients_goes_on_as_if_it_was_not(
         ("--value_order=3", "--value_order=3: expected 1 or 2"),
         ("--value_order=2 --val_interval=2", "no --val_interval or --val_average"),
         ("--value_order=2 --val_average=2", "no --val_interval or --val_average"),
+        ("--value_order=2 --dropout=0.1 --compile=True", "needs --compile=False"),
         ("--val_interval=0", "--val_interval=0: must be positive"),
         ("--val_average=-1", "--val_average=-1.0: must not be negative"),
     ],

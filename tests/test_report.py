@@ -143,10 +143,11 @@ def test_the_loss_of_one_of_the_validation_sets(capsys):
             line["test_loss_odd"] = loss
         with open(f"{folder}/metrics.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-    for flags, saved in (([], 0.0), (["--test_set=odd"], 0.5)):
+    for flags, saved in (([], 0.0), (["--test_set=all"], 0.0), (["--test_set=odd"], 0.5)):
         report.main(["out/control", "out/filtered", "--json", *flags])
-        rows = json.loads(capsys.readouterr().out)["rows"]
-        assert [row["saved"]["mean"] for row in rows] == [0.0, saved]
+        found = json.loads(capsys.readouterr().out)
+        assert [row["saved"]["mean"] for row in found["rows"]] == [0.0, saved]
+        assert ("Test losses are those of odd alone." in found["notes"]) == (saved > 0)
     with pytest.raises(SystemExit, match="trained with --val_sets=all,odd; train it with --val_sets=all,even"):
         report.main(["out/control", "--test_set=even"])
 
