@@ -124,7 +124,8 @@ def test_every_config_is_valid(path):
 
 
 def test_the_two_runs_of_a_pair_differ_in_what_they_must():
-    for baseline, filtered in (("baseline", "filtered"), ("demo_baseline", "demo_filtered")):
+    names = "baseline", "demo_baseline", "baseline_best"
+    for baseline, filtered in ((name, name.replace("baseline", "filtered")) for name in names):
         a, b = (vars(configure(Knobs, [f"{ROOT}/config/{name}.py"])) for name in (baseline, filtered))
         differ = {key for key in a if a[key] != b[key]}
         allowed = {
@@ -135,6 +136,7 @@ def test_the_two_runs_of_a_pair_differ_in_what_they_must():
             "lr_decay_iters",
             "val_batch_size",
             "value_direction",
+            "val_average",
         }
         assert differ <= allowed
         control, treatment = b, vars(configure(Knobs, [f"{ROOT}/config/{filtered}.py", "--filter_negative=True"]))
