@@ -48,9 +48,20 @@ from data_value import (
     write_values,
 )
 from files import atomic_write, load_torch, lock, writing
-from loader import TEST, VAL, WindowOrder, count_windows, get_batch, hash_of, load_filter, micro_batches, training_order
+from loader import (
+    TEST,
+    VAL,
+    WindowOrder,
+    get_batch,
+    hash_of,
+    load_corpus,
+    load_filter,
+    micro_batches,
+    open_sets,
+    training_order,
+)
 from model import GPT, GPTConfig
-from prepare_owt import get_tokenizer, load_meta, open_split, window_domains
+from prepare_owt import get_tokenizer
 from processes import average_over_ranks, how_to_resume, keep_freed_memory, processes, watch_sigterm
 
 
@@ -257,62 +268,6 @@ def describe(knobs, fingerprint, model, coverage):
             "threads": torch.get_num_threads(),
         },
     }
-
-
-def load_corpus(knobs):
-    """meta.json, the tokens and the number of windows of every split; raises UserError where a split has too few."""
-    folder = os.path.join(knobs.data_dir, knobs.dataset)
-    meta = load_meta(folder)
-    data = {split: open_split(folder, split, meta) for split in ("train", "val", "test")}
-    n_windows = {split: count_windows(tokens, knobs.block_size) for split, tokens in data.items()}
-    needed = dict(
-        train=knobs.batch_size * knobs.gradient_accumulation_steps,
-        test=1,
-    )  # open_sets asks for val
-    for split in needed:
-        n = n_windows[split]
-        if n < needed[split]:
-            flag = "batch_size or --gradient_accumulation_steps" if n else "block_size"
-            found = f"{len(data[split])} tokens make {n} windows of {knobs.block_size}, and {needed[split]} are needed"
-            raise UserError(f"{folder}/{split}.bin: {found}; lower --{flag} or prepare a larger corpus")
-    return meta, data, n_windows
-
-
-def open_sets(knobs, meta, data, split, seed, stream):
-    """
-    {name: (its Tokens, the WindowOrder of its windows, its corpus's fingerprint)} of `split` of val_sets. Raises
-    UserError for a set that is neither a domain nor a corpus, or has too few windows.
-    """
-    T, sets = knobs.block_size, {}
-    folder = os.path.join(knobs.data_dir, knobs.dataset)
-    needed = max(knobs.val_batch_size, knobs.val_windows) if split == "val" else 1
-    for name in knobs.val_sets.split(","):
-        where, tokens, ids, fingerprint = folder, data[split], None, meta["fingerprint"]
-        if name in meta["domains"] and name != "all":
-            ids = np.arange(count_windows(tokens, T))
-            ids = ids[window_domains(folder, split, ids, T, meta) == meta["domains"].index(name)]
-        elif name != "all":
-            where = os.path.join(knobs.data_dir, name)
-            if not os.path.isfile(os.path.join(where, "meta.json")):
-                found = f"'{name}' is no corpus in {knobs.data_dir} and no domain of {knobs.dataset}"
-                raise UserError(f"--val_sets={knobs.val_sets}: {found}; there are: all, {', '.join(meta['domains'])}")
-            theirs = load_meta(where)
-            if theirs["tokenizer"] != meta["tokenizer"]:
-                found = f"'{name}' has the tokenizer {theirs['tokenizer']}, {knobs.dataset} has {meta['tokenizer']}"
-                mend = f"prepare it with --tokenizer={meta['tokenizer']}"
-                raise UserError(f"--val_sets={knobs.val_sets}: {found}; {mend}")
-            tokens, fingerprint = open_split(where, split, theirs), theirs["fingerprint"]
-        n = count_windows(tokens, T) if ids is None else len(ids)
-        if n < needed:
-            flag = "val_batch_size or --val_windows" if split == "val" else "block_size"
-            found = f"'{name}' has {n} windows of {T} tokens, and {needed} are needed"
-            raise UserError(f"{where}/{split}.bin: {found}; lower --{flag} or prepare a larger corpus")
-        order = WindowOrder(n, seed, stream, ids)
-        if split == "val" and knobs.val_windows:
-            few, _ = order.take(0, knobs.val_windows)
-            order = WindowOrder(len(few), seed, stream, few)
-        sets[name] = tokens, order, fingerprint
-    return sets
 
 
 def open_checkpoint(knobs, ckpt_path, fingerprint, val_sets):

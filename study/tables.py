@@ -182,34 +182,34 @@ def fidelity_table(path):
 
 
 def draw_shares(lines, path):
-    """The share of negatives and the AUC of shuffled windows over m; and what filters change."""
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.6), width_ratios=[1, 1, 1.3], layout="constrained")
-    for direction, marker in (("sgd", "o"), ("adam", "s")):
-        for ax, path_ in ((axes[0], ("negative",)), (axes[1], ("auc", "shuffled"))):
-            scale = 100 if ax is axes[0] else 1
-            for names, style in ((("m1", "m4", "m16"), "-"), (("m1 fixed",), " ")):
-                names = [name for name in names if name in lines.by_name]
-                found = [interval(np.multiply(scale, lines.column(name, f"all:{direction}", *path_))) for name in names]
-                x = [int(name.split()[0][1:]) for name in names]
-                label = direction if style == "-" else f"{direction}, always the same window"
-                mfc = None if style == "-" else "white"
-                color = "C0" if direction == "sgd" else "C1"
-                mean, half = [m for m, _ in found], [h or 0 for _, h in found]
-                ax.errorbar(x, mean, half, marker=marker, linestyle=style, color=color, mfc=mfc, capsize=3, label=label)
+    """Over m: the share of negatives, and the AUC for shuffled windows; and what each filter changes."""
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.7), width_ratios=[1, 1, 1.5], layout="constrained")
+    fresh = ["m1", "m4", "m16"]
+    curves = [("sgd, redrawn", "sgd", fresh, "C0o-"), ("adam, redrawn", "adam", fresh, "C1s-")]
+    curves += [("adam, always the same window", "adam", ["m1 fixed"], "C3x")]
+    curves += [("adam, running average", "adam", ["m1 average32", "m16 average32"], "C2D-")]
+    for place, (label, direction, names, style) in enumerate(curves):
+        names = [name for name in names if name in lines.by_name]
+        x = [int(name.split()[0][1:]) * 1.06 ** (place - 1.5) for name in names]  # beside each other
+        for ax, scale, key in ((axes[0], 100, ("negative",)), (axes[1], 1, ("z_score", "auc", "shuffled"))):
+            found = [interval(np.multiply(scale, lines.column(name, f"all:{direction}", *key))) for name in names]
+            mean, half = [m for m, _ in found], [h or 0 for _, h in found]
+            ax.errorbar(x, mean, half, fmt=style[2:], color=style[:2], markersize=5, capsize=3, label=label)
     for ax in axes[:2]:
         ax.set(xscale="log", xlabel="validation windows an iteration, m", xticks=[1, 4, 16], xticklabels=[1, 4, 16])
         ax.minorticks_off()
     axes[0].set(ylabel="windows below zero (%)", ylim=(0, None))
-    axes[0].legend(frameon=False, fontsize=7)
-    axes[1].set(ylabel="AUC for shuffled windows")
+    axes[0].legend(frameon=False, fontsize=7, loc="lower left")
+    axes[1].set(ylabel="AUC for shuffled windows, by z-score")
     axes[1].axhline(0.5, color="black", linewidth=0.6, linestyle="--")
     names = [name for name in lines.arms() if "single" not in name][::-1]
     found = [interval(lines.against(name, "test_loss")["difference"]) for name in names]
     mean, half = [m for m, _ in found], [h or 0 for _, h in found]
-    axes[2].errorbar(mean, range(len(names)), xerr=half, fmt="ko", capsize=3)
+    axes[2].errorbar(mean, range(len(names)), xerr=half, fmt="ko", markersize=4, capsize=3)
     axes[2].axvline(0, color="black", linewidth=0.6, linestyle="--")
     axes[2].set_yticks(range(len(names)), [name.removeprefix("then ") for name in names], fontsize=8)
-    axes[2].set(xlabel="final test loss beside control and random drops (nats)")
+    axes[2].set(xlabel="final test loss, nats, beside control and random drops")
+    axes[2].locator_params(axis="x", nbins=5)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
