@@ -2,7 +2,7 @@
 Why 34% and not 16%: what makes the share of negative values, what they find, and what dropping them saves.
 
     python study/study.py --source=texts.parquet --foreign=german_manuals --single=novels  # columns text, domain
-    python study/study.py --source=python --foreign=topics --single=asyncio                # this Python's own library
+    python study/study.py --source=python --foreign=topics --single=modules                # this Python's own library
 
 A small byte-level GPT is scored in one run and trained afresh, in another, on what a filter keeps. One factor at a time
 is moved around the centre below. Every run is a run of train.py; when it has ended, one JSON line about it joins
@@ -410,7 +410,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="python", help="'python', or a file of texts with their domains")
     parser.add_argument("--foreign", default="topics", help="the domain that the corpora do without")
-    parser.add_argument("--single", default="asyncio", help="the domain of the single-domain validation set")
+    parser.add_argument("--single", default="modules", help="the domain of the single-domain validation set")
     parser.add_argument("--corpora", default="damaged,clean", choices=("damaged,clean", "damaged", "clean"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
