@@ -314,6 +314,8 @@ TRAINED_DAMAGED = {
     "m16 order2 adam": ("m16 order2", by_sign, "all:adam", {}),
     "m16 single adam": ("m16 single", by_sign, "{single}:adam", {}),
     "m1 average32 adam": ("m1 average32", by_sign, "all:adam", {}),
+    "m16 average32 adam": ("m16 average32", by_sign, "all:adam", {}),
+    "random as m16 average32": ("m16 average32", by_sign, "all:adam", dict(random=True)),
     "m1 average32 adam lowest of iteration": ("m1 average32", lowest_of_iteration(0.15), "all:adam", {}),
     "m16 average32 adam lowest of iteration": ("m16 average32", lowest_of_iteration(0.15), "all:adam", {}),
     "m1 sgd": ("m1", by_sign, "all:sgd", {}),
@@ -335,7 +337,8 @@ TRAINED_CLEAN = {
     "within domain": ("m16", within_domain, "all:adam", {}),
     "two visits": ("m16", both_visits, "all:adam", {}),
     "average32 lowest of iteration": ("m16 average32", lowest_of_iteration(0.15), "", {}),
-    "average32 within domain": ("m16 average32", within_domain, "", {}),
+    "average32 sign": ("m16 average32", by_sign, "", {}),
+    "random as average32 sign": ("m16 average32", by_sign, "", dict(random=True)),
     "two visits by iteration": ("m16", both_visits_by_iteration, "all:adam", {}),
     "single": ("m16", by_sign, "{single}:adam", {}),
 }
