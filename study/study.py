@@ -342,6 +342,13 @@ TRAINED_CLEAN = {
     "two visits by iteration": ("m16", both_visits_by_iteration, "all:adam", {}),
     "single": ("m16", by_sign, "{single}:adam", {}),
 }
+# the winner of the plan above, on undamaged text and seeds of its own
+SCORED_CONFIRM = {"m16 average32": SCORED_CLEAN["m16 average32"]}
+TRAINED_CONFIRM = {
+    "control": ("m16 average32", None, "", {}),
+    "average32 sign": TRAINED_CLEAN["average32 sign"],
+    "random as average32 sign": TRAINED_CLEAN["random as average32 sign"],
+}
 
 
 def run_scored(args, dataset, name, knobs, seed):
@@ -414,8 +421,9 @@ def main():
     parser.add_argument("--source", default="python", help="'python', or a file of texts with their domains")
     parser.add_argument("--foreign", default="topics", help="the domain that the corpora do without")
     parser.add_argument("--single", default="modules", help="the domain of the single-domain validation set")
-    parser.add_argument("--corpora", default="damaged,clean", choices=("damaged,clean", "damaged", "clean"))
+    parser.add_argument("--plans", default="damaged,clean", help="of damaged, clean, confirm")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--results", default=f"{HERE}/results.jsonl")
     args = parser.parse_args()
@@ -436,32 +444,34 @@ def main():
             done = {(line["corpus"], line["name"], line["seed"]) for line in map(json.loads, file)}
 
     plans = dict(damaged=(SCORED_DAMAGED, TRAINED_DAMAGED), clean=(SCORED_CLEAN, TRAINED_CLEAN))
+    plans["confirm"] = SCORED_CONFIRM, TRAINED_CONFIRM
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {}
 
-        def job(dataset, name, run, waits_for, *rest):
+        def job(plan_name, dataset, name, run, waits_for, *rest):
             """Run it once what it waits for has ended, and write its line."""
             for other in waits_for:
                 futures[dataset, other, rest[-1]].result()  # started before this one: no deadlock
             if (dataset, name, rest[-1]) in done:
                 return
             found = run(args, dataset, name.removeprefix("then "), *rest)
-            line = dict(corpus=dataset, name=name, seed=rest[-1], **found)
+            line = dict(plan=plan_name, corpus=dataset, name=name, seed=rest[-1], **found)
             with open(args.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(dataset, name, rest[-1], f"{line['seconds']:.0f} s", flush=True)
 
-        for seed in range(1, args.seeds + 1):
-            for corpus in args.corpora.split(","):
-                dataset, (scored, trained) = f"{base}_{corpus}", plans[corpus]
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for plan_name in args.plans.split(","):
+                scored, trained = plans[plan_name]
+                dataset = f"{base}_damaged" if plan_name == "damaged" else f"{base}_clean"
                 for name, knobs in scored.items():
                     waits = [knobs["filter_from"]] if "filter_from" in knobs else []
                     rest = dataset, name, run_scored, waits, knobs, seed
-                    futures[dataset, name, seed] = pool.submit(job, *rest)
+                    futures[dataset, name, seed] = pool.submit(job, plan_name, *rest)
                 for name, (source, *plan) in trained.items():
                     waits = [source] + ["m16 again"] * name.startswith("two visits")
                     rest = dataset, f"then {name}", run_trained, waits, source, *plan, seed
-                    futures[dataset, f"then {name}", seed] = pool.submit(job, *rest)
+                    futures[dataset, f"then {name}", seed] = pool.submit(job, plan_name, *rest)
         try:
             for future in futures.values():
                 future.result()

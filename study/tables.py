@@ -57,22 +57,24 @@ def markdown(head, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-class Lines:
-    """The lines of one corpus: by name, then by seed."""
+def title(line):
+    return line["corpus"] + (", fresh seeds" if line["plan"] == "confirm" else "")
 
-    def __init__(self, lines, corpus):
+
+class Lines:
+    """The lines of one title: by name, then by seed."""
+
+    def __init__(self, lines, of):
         self.by_name = {}
         for line in lines:
-            if line["corpus"] == corpus:
+            if title(line) == of:
                 self.by_name.setdefault(line["name"], {})[line["seed"]] = line
 
     def arms(self, failed=False):
-        """The names of the runs that train afresh: those about the failed reproduction, or the others."""
+        """The runs that train afresh and have references: those about the failed reproduction, or the others."""
         about_it = ("then failed", "then control all")
         names = [name for name in self.by_name if name.startswith("then")]
-        return [
-            name for name in names if name.startswith(about_it) == failed and self.seeds(name, *self.references(name))
-        ]
+        return [name for name in names if name.startswith(about_it) == failed and self.references(name)]
 
     def seeds(self, *names):
         """The seeds that all of the runs have."""
@@ -90,15 +92,16 @@ class Lines:
     def references(self, name):
         """The control that draws from the same pool, and the random drops."""
         pool = next(iter(self.by_name[name].values()))["pool"]
-        names = [other for other in self.by_name if other.startswith(("then control", "then random"))]
+        names = sorted(other for other in self.by_name if other.startswith(("then control", "then random")))
         return [other for other in names if next(iter(self.by_name[other].values()))["pool"] == pool]
 
     def against(self, name, key):
         """{differences of the final loss, savings, shares dropped} to the references, a number for each seed."""
         found, references = dict(difference=[], saved=[], dropped=[], final=[]), self.references(name)
-        for seed in self.seeds(name, *references):
+        for seed in self.seeds(name, references[0]):
             ours = self.by_name[name][seed]
-            theirs = np.mean([self.by_name[other][seed][key] for other in references], 0)
+            there = [other for other in references if seed in self.by_name[other]]
+            theirs = np.mean([self.by_name[other][seed][key] for other in there], 0)
             found["difference"].append(ours[key][-1] - theirs[-1])
             found["saved"].append(saving(ours["iter"], ours[key], theirs))
             found["dropped"].append(ours["dropped"])
@@ -244,9 +247,9 @@ def main():
     with open(args.results, encoding="utf-8") as file:
         everything = [json.loads(line) for line in file]
     os.makedirs(args.out, exist_ok=True)
-    for corpus in dict.fromkeys(line["corpus"] for line in everything):
+    for corpus in dict.fromkeys(map(title, everything)):
         lines = Lines(everything, corpus)
-        keys = (key for line in everything if line["corpus"] == corpus for key in line)
+        keys = (key for line in everything if title(line) == corpus for key in line)
         single = next((key.removeprefix("test_loss_") for key in keys if key.startswith("test_loss_")), "")
         print(f"## {corpus}\n\n{values_table(lines)}")
         for failed in (False, True):
@@ -257,9 +260,10 @@ def main():
                 print(f"{name.removesuffix(' again')}:\n\n{agreement_table(lines, name)}")
         if corpus.endswith("damaged"):
             draw_shares(lines, f"{args.out}/{corpus}.png")
-        for column in next(iter(lines.by_name["m16"].values()))["columns"]:
-            if column == f"{single}:adam":
-                draw_domains(lines, column, f"{args.out}/{corpus}_domains.png")
+        for run in lines.by_name.get("m16", {}).values():
+            if f"{single}:adam" in run["columns"]:
+                draw_domains(lines, f"{single}:adam", f"{args.out}/{corpus}_domains.png")
+                break
     if os.path.exists(args.fidelity):
         print(f"## Fidelity\n\n{fidelity_table(args.fidelity)}")
 

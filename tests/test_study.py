@@ -95,11 +95,11 @@ def test_the_study_runs_goes_on_and_does_nothing_twice(small, monkeypatch, capsy
     names = ("control", "random", "oracle", "failed")
     monkeypatch.setattr(study, "SCORED_DAMAGED", scored)
     monkeypatch.setattr(study, "TRAINED_DAMAGED", {})
-    assert len(run_study(monkeypatch, "--corpora=damaged", "--seeds=1")) == 2
+    assert len(run_study(monkeypatch, "--plans=damaged", "--seeds=1")) == 2
     monkeypatch.setattr(study, "TRAINED_DAMAGED", {key: study_plan[key] for key in names})
-    lines = {line["name"]: line for line in run_study(monkeypatch, "--corpora=damaged", "--seeds=1")}
+    lines = {line["name"]: line for line in run_study(monkeypatch, "--plans=damaged", "--seeds=1")}
     assert set(lines) == {*scored, *(f"then {name}" for name in names)}
-    assert len(run_study(monkeypatch, "--corpora=damaged", "--seeds=1")) == len(lines)
+    assert len(run_study(monkeypatch, "--plans=damaged", "--seeds=1")) == len(lines)
 
     column = lines["m16"]["columns"]["all:adam"]
     assert 0 <= column["negative"] <= 1 and set(column["auc"]) == set(study.DAMAGE)
@@ -132,7 +132,7 @@ study_plan = dict(study.TRAINED_DAMAGED)
 def test_what_a_filter_goes_by(small, monkeypatch):
     monkeypatch.setattr(study, "SCORED_CLEAN", {"m16": study.SCORED_CLEAN["m16"]})
     monkeypatch.setattr(study, "TRAINED_CLEAN", {})
-    run_study(monkeypatch, "--corpora=clean", "--seeds=1")
+    run_study(monkeypatch, "--plans=clean", "--seeds=1")
     folder, corpus = "out/study/study_tiny_clean_s1/m16", "data/study_tiny_clean"
     ids, value, _ = study.load_values(folder)
     found = {rule: rule(folder)[1] for rule in (study.beyond_error, study.within_domain, study.by_document)}
