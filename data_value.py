@@ -497,6 +497,12 @@ def columns_of(directions):
     return {name: [i for i, other in enumerate(directions) if other == name] for name in dict.fromkeys(directions)}
 
 
+def z_score(dots):
+    """(k, B) less the mean of its row, over its standard deviation; 0 where there is none, as in a batch of one."""
+    spread = dots.std(1, keepdims=True)
+    return (dots - dots.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)
+
+
 def write_values(out_dir):
     """
     Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,) int64,
@@ -514,9 +520,7 @@ def write_values(out_dir):
     groups = [np.stack([sums[k] for k in places]) for places in columns.values()]  # (groups, n) of each column
     values, z_scores = np.stack([group.mean(0) for group in groups], 1), []
     for places in columns.values():
-        dots = log["dot_product"][:, :, places].mean(2, dtype=np.float64)
-        spread = dots.std(1, keepdims=True)
-        z = (dots - dots.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)  # no spread in a batch of one
+        z = z_score(log["dot_product"][:, :, places].mean(2, dtype=np.float64))
         z_scores.append(np.bincount(where.ravel(), weights=z.ravel(), minlength=len(sample_id)) / visits)
     z_scores = np.stack(z_scores, 1)
     arrays = dict(sample_id=sample_id, value=values[:, 0], visits=visits, z_score=z_scores[:, 0])

@@ -151,15 +151,12 @@ def load_corpus(knobs):
     meta = load_meta(folder)
     data = {split: open_split(folder, split, meta) for split in ("train", "val", "test")}
     n_windows = {split: count_windows(tokens, knobs.block_size) for split, tokens in data.items()}
-    needed = dict(
-        train=knobs.batch_size * knobs.gradient_accumulation_steps,
-        test=1,
-    )  # open_sets asks for val
-    for split in needed:
+    B = knobs.batch_size * knobs.gradient_accumulation_steps
+    for split, needed in dict(train=B, test=1).items():  # open_sets asks for val
         n = n_windows[split]
-        if n < needed[split]:
+        if n < needed:
             flag = "batch_size or --gradient_accumulation_steps" if n else "block_size"
-            found = f"{len(data[split])} tokens make {n} windows of {knobs.block_size}, and {needed[split]} are needed"
+            found = f"{len(data[split])} tokens make {n} windows of {knobs.block_size}, and {needed} are needed"
             raise UserError(f"{folder}/{split}.bin: {found}; lower --{flag} or prepare a larger corpus")
     return meta, data, n_windows
 
@@ -172,11 +169,13 @@ def open_sets(knobs, meta, data, split, seed, stream):
     T, sets = knobs.block_size, {}
     folder = os.path.join(knobs.data_dir, knobs.dataset)
     needed = max(knobs.val_batch_size, knobs.val_windows) if split == "val" else 1
+    domains = None  # of every window of the split, once one is asked for
     for name in knobs.val_sets.split(","):
         where, tokens, ids, fingerprint = folder, data[split], None, meta["fingerprint"]
         if name in meta["domains"] and name != "all":
-            ids = np.arange(count_windows(tokens, T))
-            ids = ids[window_domains(folder, split, ids, T, meta) == meta["domains"].index(name)]
+            if domains is None:
+                domains = window_domains(folder, split, np.arange(count_windows(tokens, T)), T, meta)
+            ids = np.flatnonzero(domains == meta["domains"].index(name))
         elif name != "all":
             where = os.path.join(knobs.data_dir, name)
             if not os.path.isfile(os.path.join(where, "meta.json")):

@@ -35,7 +35,7 @@ from matplotlib import font_manager
 from matplotlib.patches import Patch
 
 from configurator import UserError
-from data_value import load_values, read_log
+from data_value import columns_of, load_values, read_log
 from files import atomic_write
 from prepare_owt import get_tokenizer, load_meta, open_split, window_domains
 
@@ -555,7 +555,7 @@ def figures(groups, rows, target_loss, out):
         return paths, ["No run has values (values.npz of a run with --score=True that has ended): no value figures."]
     values, log = load_values(run.folder), read_log(run.folder)
     corpus = open_corpus(run, values[0])
-    columns = list(dict.fromkeys(log["directions"]))
+    columns = list(columns_of(log["directions"]))
     several = f", its first column, {columns[0]}, of {len(columns)}" if len(columns) > 1 else ""
     notes.append(f"Values in the figures: {run.folder}{several}.")
     if corpus is None:

@@ -315,17 +315,14 @@ def train(knobs, rank, world, stack):
     val_sets = open_sets(knobs, meta, data, "val", knobs.seed, VAL) if knobs.score else {}
     kinds = knobs.value_direction.split(",")
     directions = [f"{name}:{kind}" for name in val_sets for kind in kinds for _ in range(knobs.val_groups)]
-    test_sets = {"": (data["test"], WindowOrder(n_windows["test"], 0, TEST))}  # the same for all seeds
-    fingerprints = {}  # of the corpora that val_sets come from
-    for name, (*test_set, fingerprint) in open_sets(knobs, meta, data, "test", 0, TEST).items():
-        fingerprints[name] = fingerprint
-        if name != "all":
-            test_sets[f"_{name}"] = test_set
-    test_ids = {}
-    for name, (_, windows) in test_sets.items():
+    named = open_sets(knobs, meta, data, "test", 0, TEST)  # seed 0: the same windows for all seeds
+    fingerprints = {name: fingerprint for name, (*_, fingerprint) in named.items()}  # of val_sets' corpora
+    test_sets = {"test_loss": (data["test"], WindowOrder(n_windows["test"], 0, TEST))}
+    test_sets |= {f"test_loss_{name}": test_set for name, (*test_set, _) in named.items() if name != "all"}
+    for name, (tokens, windows) in test_sets.items():
         n = min(windows.n, knobs.eval_iters * B)  # however the batch is cut into micro-batches
         n -= n % B if n > B else 0  # full batches: torch.compile makes a graph for every shape
-        test_ids[name], _ = windows.take(0, n)
+        test_sets[name] = tokens, windows.take(0, n)[0]
 
     # the model and the optimiser
     ckpt_path = os.path.join(knobs.out_dir, "ckpt.pt")
@@ -603,7 +600,7 @@ def train(knobs, rank, world, stack):
             return
         if last or iter_num % knobs.eval_interval == 0:
             check_numbers()
-            losses = {f"test_loss{name}": evaluate(test_sets[name][0], ids) for name, ids in test_ids.items()}
+            losses = {name: evaluate(*test_set) for name, test_set in test_sets.items()}
             if not all(map(math.isfinite, losses.values())):
                 stop_run(f"iteration {iter_num}: a test loss is not finite: {losses}")
             said = ", ".join(f"{name.replace('_', ' ', 2)} {loss:.4f}" for name, loss in losses.items())
@@ -702,11 +699,9 @@ def train(knobs, rank, world, stack):
 
 def print_coverage(coverage, knobs):
     if coverage:
-        low = "lowest" if knobs.filter_lowest else "negative"
-        counts = (
-            f"{{corpus:,}} windows in the corpus, {{scored:,}} scored, {{negative:,}} {low}, {{eligible:,}} eligible"
-        )
-        print(f"values of {knobs.filter_from}, pool '{knobs.filter_pool}': {counts.format(**coverage)};")
+        counts = "{corpus:,} windows in the corpus, {scored:,} scored, {negative:,} {low}, {eligible:,} eligible"
+        counts = counts.format(low="lowest" if knobs.filter_lowest else "negative", **coverage)
+        print(f"values of {knobs.filter_from}, pool '{knobs.filter_pool}': {counts};")
         print(f"the filter can touch {coverage['touchable']:.1%} of the draws")
         if coverage["touchable"] < 0.5:
             print("most draws are unscored windows that no filter can reject: expect little of it")

@@ -21,7 +21,7 @@ import sys
 
 import numpy as np
 import torch
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -31,9 +31,9 @@ from data_value import attach_directions, retreat_to_midpoint, set_direction, va
 from loader import TRAIN, VAL, WindowOrder, count_windows, get_batch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare_owt import load_meta, open_split  # noqa: E402
-from study import script  # noqa: E402
+from study import T, train  # noqa: E402
 
-B, M, T, BATCHES = 8, 16, 64, 6
+B, M, BATCHES = 8, 16, 6
 BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 STAGES = dict(early=50, late=800)
 
@@ -41,15 +41,8 @@ STAGES = dict(early=50, late=800)
 def state_of(dataset, lr, stage):
     """The checkpoint of an AdamW run at this stage."""
     folder = f"out/fidelity/{dataset}_{lr:g}_{stage}"
-    if not os.path.exists(f"{folder}/done"):
-        flags = dict(dataset=dataset, out_dir=folder, n_layer=2, n_head=2, n_embd=96, block_size=T, batch_size=32)
-        flags |= dict(
-            bias=False, learning_rate=lr, decay_lr=False, max_iters=STAGES[stage], eval_iters=4, dtype="float32"
-        )
-        flags |= dict(checkpoint_interval=10000, eval_interval=10000, device="cpu", compile=False)
-        flags |= dict(init_from="resume" if os.path.exists(f"{folder}/ckpt.pt") else "scratch")
-        script("train.py", *(f"--{key}={value}" for key, value in flags.items()))
-        open(f"{folder}/done", "w").close()
+    knobs = dict(learning_rate=lr, decay_lr=False, max_iters=STAGES[stage], eval_iters=4, eval_interval=10000)
+    train(folder, dataset=dataset, seed=1337, **knobs)
     return torch.load(f"{folder}/ckpt.pt", weights_only=True)
 
 
@@ -76,7 +69,7 @@ def utilities(state, optimizer, lr, batch, validation, own):
     params = list(model.parameters())
     decay = {p: group["weight_decay"] for group in stepper.param_groups for p in group["params"]}
     decay = flat(torch.full_like(p, decay[p]) for p in params)
-    theta = parameters_to_vector(params).detach()
+    theta = flat(params).detach()
     grads = []
     for x, y in zip(*batch, strict=True):
         grads.append(flat(torch.autograd.grad(model(x[None], y[None])[1], params)))
@@ -85,18 +78,17 @@ def utilities(state, optimizer, lr, batch, validation, own):
         m, v = (flat(stepper.state[p][key] for p in params).double() for key in ("exp_avg", "exp_avg_sq"))
         t = int(stepper.state[params[0]]["step"]) + 1
 
-    def clipped(g):
-        return g * min(1.0, CLIP / (g.norm().item() + 1e-6))
+    def clipped(g, norm_of):
+        return g * min(1.0, CLIP / (norm_of.norm().item() + 1e-6))
 
     full = grads.sum(0)
-    coefficient = min(1.0, CLIP / (full.norm().item() + 1e-6))
     found = np.zeros(2**B)
     for subset in range(2**B):
         g = grads[[i for i in range(B) if subset >> i & 1]].sum(0)
-        g = clipped(g) if own else g * coefficient
+        g = clipped(g, norm_of=g if own else full)
         step = g
         if optimizer == "adamw":
-            squared = g if own else full * coefficient
+            squared = g if own else clipped(full, norm_of=full)
             v_hat = (BETAS[1] * v + (1 - BETAS[1]) * squared**2) / (1 - BETAS[1] ** t)
             step = (BETAS[0] * m + (1 - BETAS[0]) * g) / (1 - BETAS[0] ** t) / (v_hat.sqrt() + EPS)
         vector_to_parameters(theta - lr * (decay * theta + step), params)

@@ -30,7 +30,7 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
 from configurator import UserError  # noqa: E402
-from data_value import load_values, read_log  # noqa: E402
+from data_value import columns_of, load_values, read_log, z_score  # noqa: E402
 from files import atomic_write  # noqa: E402
 from loader import mix  # noqa: E402
 from prepare_owt import (  # noqa: E402
@@ -140,11 +140,6 @@ def judge(value, kind):
     return dict(negative=float((value < 0).mean()), auc=found)
 
 
-def z_score(dots):
-    """Within the iteration: (k, B)."""
-    return (dots - dots.mean(1, keepdims=True)) / dots.std(1, keepdims=True)
-
-
 def measure_values(folder, dataset):
     """What a scored run's log says, for each column; with the learning rate, without it, and in thirds of the run."""
     log, meta = read_log(folder), load_meta(f"data/{dataset}")
@@ -152,8 +147,7 @@ def measure_values(folder, dataset):
     kind = damage_of(ids) if dataset.endswith("damaged") else np.zeros(ids.shape, int)
     domain = window_domains(f"data/{dataset}", "train", ids.ravel(), T, meta).reshape(ids.shape)
     columns = {}
-    for name in dict.fromkeys(log["directions"]):
-        places = [k for k, other in enumerate(log["directions"]) if other == name]
+    for name, places in columns_of(log["directions"]).items():
         dots = log["dot_product"][:, :, places].mean(2, dtype=np.float64)
         value = log["scale"] * dots
         column = judge(value.ravel(), kind.ravel())  # every window is visited once
@@ -182,22 +176,12 @@ def by_sign(folder, column=""):
     return sample_id, value
 
 
-def lowest(share):
-    """Drop the lowest `share`, wherever zero is."""
+def lowest(share, key="value"):
+    """Drop the lowest `share` of the values, or of the z-scores within their iterations, wherever zero is."""
 
     def rule(folder, column=""):
-        sample_id, value, _ = load_values(folder, column)
-        return sample_id, value - np.quantile(value, share)
-
-    return rule
-
-
-def lowest_of_iteration(share):
-    """Drop the lowest `share` of the values less their iteration's mean, over its standard deviation."""
-
-    def rule(folder, column=""):
-        sample_id, z_score, _ = load_values(folder, column, "z_score")
-        return sample_id, z_score - np.quantile(z_score, share)
+        sample_id, number, _ = load_values(folder, column, key)
+        return sample_id, number - np.quantile(number, share)
 
     return rule
 
@@ -206,8 +190,8 @@ def unweighted(folder, column=""):
     """The sum of the dot products, without the learning rate: the values of the published code."""
     log = read_log(folder)
     k = log["directions"].index(column)
-    ids = log["sample_id"].ravel()
-    return ids[np.argsort(ids)], log["dot_product"][:, :, k].ravel()[np.argsort(ids)].astype(np.float64)
+    order = np.argsort(log["sample_id"].ravel())
+    return log["sample_id"].ravel()[order], log["dot_product"][:, :, k].ravel()[order].astype(np.float64)
 
 
 def beyond_error(folder, column=""):
@@ -316,8 +300,8 @@ TRAINED_DAMAGED = {
     "m1 average32 adam": ("m1 average32", by_sign, "all:adam", {}),
     "m16 average32 adam": ("m16 average32", by_sign, "all:adam", {}),
     "random as m16 average32": ("m16 average32", by_sign, "all:adam", dict(random=True)),
-    "m1 average32 adam lowest of iteration": ("m1 average32", lowest_of_iteration(0.15), "all:adam", {}),
-    "m16 average32 adam lowest of iteration": ("m16 average32", lowest_of_iteration(0.15), "all:adam", {}),
+    "m1 average32 adam lowest of iteration": ("m1 average32", lowest(0.15, "z_score"), "all:adam", {}),
+    "m16 average32 adam lowest of iteration": ("m16 average32", lowest(0.15, "z_score"), "all:adam", {}),
     "m1 sgd": ("m1", by_sign, "all:sgd", {}),
     # the failed reproduction, and each of its causes removed (the unweighted sums remain: of a single visit the
     # learning rate changes no sign)
@@ -336,7 +320,7 @@ TRAINED_CLEAN = {
     "beyond error": ("m16", beyond_error, "all:adam", {}),
     "within domain": ("m16", within_domain, "all:adam", {}),
     "two visits": ("m16", both_visits, "all:adam", {}),
-    "average32 lowest of iteration": ("m16 average32", lowest_of_iteration(0.15), "", {}),
+    "average32 lowest of iteration": ("m16 average32", lowest(0.15, "z_score"), "", {}),
     "average32 sign": ("m16 average32", by_sign, "", {}),
     "random as average32 sign": ("m16 average32", by_sign, "", dict(random=True)),
     "two visits by iteration": ("m16", both_visits_by_iteration, "all:adam", {}),
@@ -366,8 +350,8 @@ def run_scored(args, dataset, name, knobs, seed):
 def agreement(first, again, dataset):
     """
     How far values of the same windows agree, {pair: [correlation of z-scores, share negative in both, in one, in the
-    other]}: of
-    two halves of the validation windows of one run; of two runs, for windows and for means of documents and domains.
+    other]}: of two halves of the validation windows of one run; of two runs, for windows and for means of documents
+    and domains.
     """
     log, meta = read_log(first), load_meta(f"data/{dataset}")
     dots, found = log["dot_product"], {}
@@ -404,10 +388,9 @@ def run_trained(args, dataset, name, source, rule, column, knobs, seed):
     arm |= dict(filter_from=f"{folder} values", val_sets=f"all,{args.single}")
     pool = knobs.get("filter_pool", "scored")
     seconds = train(folder, **dict(dataset=dataset, seed=seed) | RETRAIN | arm | knobs)
-    with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
-        lines = [line for line in map(json.loads, file) if "test_loss" in line]
-    coverage = read_run(folder).config["coverage"]
-    curves = {key: [line[key] for line in lines] for key in ("iter", "test_loss", f"test_loss_{args.single}")}
+    all_, single = read_run(folder), read_run(folder, args.single)
+    coverage, curves = all_.config["coverage"], dict(iter=all_.iters.tolist(), test_loss=all_.losses.tolist())
+    curves[f"test_loss_{args.single}"] = single.losses.tolist()
     dropped = dropped if rule else 0.0
     return dict(scored=False, source=source, pool=pool, dropped=dropped, seconds=seconds, coverage=coverage) | curves
 
