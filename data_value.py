@@ -68,10 +68,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, weight_direction, bias_direction = ctx.saved_tensors
         dx = dy @ weight
-        dw, dot = torch.ops.data_value.linear_grad(x, dy, weight_direction)
+        dw, dot, sample_db = linear_grad(x, dy, weight_direction, bias_direction is not None)
         if bias_direction is None:
             return dx, dw, None, dot, None, None
-        sample_db = dy.sum(1, dtype=bias_direction.dtype)  # (B, out)
         return dx, dw, sample_db.sum(0), dot + _dot(sample_db, bias_direction), None, None
 
 
@@ -80,30 +79,46 @@ def _dot(samples, direction):
     return (samples[:, None] * direction).sum(2)
 
 
+def operator(function):
+    """
+    The function of tensors as torch.ops.data_value.<its name>, which torch.compile sees as one node. (custom_op does
+    the same and looks at every call for what a test can look for once: 1% of a step at the demo's shape.)
+    """
+    name = f"data_value::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "default", function)
+    return getattr(torch.ops.data_value, function.__name__)
+
+
 use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the kernel correct and faster
 
 
-@torch.library.custom_op("data_value::linear_grad", mutates_args=())
-def linear_grad(x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@operator
+def linear_grad(
+    x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    x (B, T, in), dy (B, T, out), direction (K, out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), and every
-    sample's share of it dotted with each direction, (B, K), both in the direction's dtype.
+    x (B, T, in), dy (B, T, out), direction (K, out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), every
+    sample's share of it dotted with each direction, (B, K), and, with a bias, every sample's gradient of it, (B, out);
+    all in the direction's dtype.
     """
     dw = torch.empty_like(direction[0])
-    dots, _ = add_samples(dw, x, dy, direction, None)
-    return dw, dots
+    sample_db = dw.new_empty(len(x), len(dw)) if bias else None
+    dots, _ = add_samples(dw, x, dy, direction, None, sample_db)
+    return dw, dots, sample_db if bias else dw.new_empty(0)
 
 
-@linear_grad.register_fake
-def _(x, dy, direction):
-    return torch.empty_like(direction[0]), direction.new_empty(len(x), len(direction))
+@torch.library.register_fake("data_value::linear_grad")
+def _(x, dy, direction, bias):
+    dw = torch.empty_like(direction[0])
+    return dw, dw.new_empty(len(x), len(direction)), dw.new_empty((len(x), len(dw)) if bias else 0)
 
 
-def add_samples(dw, x, dy, direction, running):
+def add_samples(dw, x, dy, direction, running, sample_db=None):
     """
     Add dY_i^T X_i of every sample to dw, (out, in), in place. `running` is <dw, direction> for each direction, (K,), or
     None for a dw that holds nothing yet; returns every sample's share dotted with each direction, (B, K), and the new
-    running.
+    running. `sample_db`, (B, out), if it is given, takes every sample's sum of dY over tokens.
 
     The weight gradient may as well be accumulated one sample at a time; <dw, direction> after each sample then gives
     the sample's dot as a difference: for each direction one multiplication in T more than without it. (A buffer for
@@ -113,26 +128,40 @@ def add_samples(dw, x, dy, direction, running):
     if use_triton and dw.dtype == torch.float32:
         if running is None:
             dw.zero_()
+        if sample_db is not None:
+            torch.sum(dy, 1, dtype=dw.dtype, out=sample_db)
         return add_samples_triton(dw, x, dy, direction), dw.new_zeros(len(direction))
-    flat_dw, flat_directions = dw.view(-1), direction.flatten(1).unbind()
-    after = [dw.new_zeros(len(direction)) if running is None else running]
-    beta = 0 if running is None else 1
-    for x_i, dy_i in zip(x.unbind(), dy.mT.unbind(), strict=True):
-        add_product(dw, dy_i, x_i, beta)
-        after.append(torch.stack([torch.dot(flat_dw, one) for one in flat_directions]))
+    # Eight sums of a small weight, each of every eighth sample, grow side by side: fewer calls, all of them in the cache.
+    lanes = min(len(x), 8) if running is None and dw.numel() <= 2**16 else 1
+    sums = dw[None] if lanes == 1 else dw.new_empty(lanes, *dw.shape)
+    flat_sums, flat_directions = sums.flatten(1).unbind(), direction.flatten(1).unbind()
+    dots = dw.new_zeros(lanes + len(x), len(direction))  # of each sum and direction, after each of its samples
+    beta = 0
+    if running is not None:
+        dots[0], beta = running, 1
+    for i in range(0, len(x), lanes):
+        part = slice(i, i + lanes)
+        if sample_db is not None:  # in the cache, where the product finds dY again
+            torch.sum(dy[part], 1, dtype=dw.dtype, out=sample_db[part])
+        add_products(sums[: len(x) - i], dy[part].mT, x[part], beta)
+        for flat_sum, row in zip(flat_sums, dots[lanes:][part].unbind(), strict=False):  # the last part may be smaller
+            for flat_direction, dot in zip(flat_directions, row.unbind(), strict=True):
+                torch.dot(flat_sum, flat_direction, out=dot)
         beta = 1
-    return torch.stack(after).diff(dim=0), after[-1]
+    if lanes > 1:
+        torch.sum(sums, 0, out=dw)
+    return dots[lanes:] - dots[:-lanes], dots[-lanes:].sum(0)
 
 
-def add_product(dw, a, b, beta=1):
-    """dw = beta * dw + a @ b, accumulated in dw's dtype, in place."""
-    if a.dtype == dw.dtype:
-        dw.addmm_(a, b, beta=beta)
-    elif dw.is_cuda:  # only there has a product of bfloat16 a float32 result
-        product = torch.mm(a, b, out_dtype=dw.dtype)
-        dw.add_(product) if beta else dw.copy_(product)
+def add_products(sums, a, b, beta=1):
+    """sums = beta * sums + a @ b, (n, out, in), accumulated in the dtype of sums, in place."""
+    if a.dtype == sums.dtype:
+        sums.baddbmm_(a, b, beta=beta)
+    elif sums.is_cuda:  # only there has a product of bfloat16 a float32 result
+        products = torch.bmm(a, b, out_dtype=sums.dtype)
+        sums.add_(products) if beta else sums.copy_(products)
     else:
-        dw.addmm_(a.to(dw.dtype), b.to(dw.dtype), beta=beta)
+        sums.baddbmm_(a.to(sums.dtype), b.to(sums.dtype), beta=beta)
 
 
 class Embedding(nn.Embedding):
@@ -182,19 +211,13 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, mean, rstd, weight_direction, bias_direction = ctx.saved_tensors
-        backward, shape, has_bias = torch.ops.aten.native_layer_norm_backward, weight.shape, bias_direction is not None
-        dx, _, _ = backward(dy, x, shape, mean, rstd, weight, None, [True, False, False])
-        if x.is_cuda or torch.compiler.is_compiling():  # one kernel, rather than B
-            sample_dw = ((x - mean) * rstd * dy).sum(1)  # (B, C)
-            sample_db = dy.sum(1) if has_bias else None
-        else:  # in a third of the time, and without a tensor of x's size
-            samples = zip(dy.unbind(), x.unbind(), mean.unbind(), rstd.unbind(), strict=True)
-            parts = [backward(*one[:2], shape, *one[2:], weight, weight, [False, True, has_bias]) for one in samples]
-            sample_dw = torch.stack([part[1] for part in parts])
-            sample_db = torch.stack([part[2] for part in parts]) if has_bias else None
+        backward = torch.ops.aten.native_layer_norm_backward
+        dx, _, _ = backward(dy, x, weight.shape, mean, rstd, weight, None, [True, False, False])
+        sample_dw = (x - mean).mul_(rstd).mul_(dy).sum(1)  # (B, C)
         dot = _dot(sample_dw, weight_direction)
-        if not has_bias:
+        if bias_direction is None:
             return dx, sample_dw.sum(0), None, dot, None, None, None
+        sample_db = dy.sum(1)
         dot += _dot(sample_db, bias_direction)
         return dx, sample_dw.sum(0), sample_db.sum(0), dot, None, None, None
 
@@ -250,7 +273,7 @@ def weight_gradient_shapes(model, B, T, device_type):
     return shapes
 
 
-@torch.library.custom_op("data_value::head_loss", mutates_args=())
+@operator
 def head_loss(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, direction: torch.Tensor | None, backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -276,14 +299,14 @@ def head_loss(
             dy = log_p.exp_().scatter_add_(2, index, torch.full_like(index, -1, dtype=full)).div_(B * T).to(x.dtype)
             dx[part] = dy @ weight
             if direction is None:
-                add_product(dw, dy.flatten(0, 1).T, x[part].flatten(0, 1))
+                add_products(dw[None], dy.flatten(0, 1).T[None], x[part].flatten(0, 1)[None])
             else:
                 part_dots, running = add_samples(dw, x[part], dy, direction, running)
                 dots[part[0]] += part_dots
     return loss / (B * T), dx, dw, dots
 
 
-@head_loss.register_fake
+@torch.library.register_fake("data_value::head_loss")
 def _(x, weight, targets, direction, backward):
     full = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((), dtype=full), *_head_gradients(x, weight, direction, backward)

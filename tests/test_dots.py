@@ -95,6 +95,48 @@ def test_float32_error_at_a_real_size(shape):
     assert relative_error(dot_products(model, x, y, x_val, y_val), oracle) < 1e-5
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    B=st.integers(1, 20),
+    T=st.integers(1, 5),
+    widths=st.sampled_from([(3, 2), (256, 256), (257, 256)]),  # below, at and above where samples go side by side
+    K=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+    begun=st.booleans(),
+    bias=st.booleans(),
+)
+def test_weight_gradients_dots_and_bias_gradients_of_every_sample(B, T, widths, K, dtype, begun, bias):
+    torch.manual_seed(B)
+    full = torch.float64 if dtype == torch.float64 else torch.float32
+    n_out, n_in = widths
+    x, dy = torch.randn(B, T, n_in).to(dtype), torch.randn(B, T, n_out).to(dtype)
+    direction, start = torch.randn(K, n_out, n_in, dtype=full), torch.randn(n_out, n_in, dtype=full)
+    shares = torch.einsum("bto,bti->boi", dy.double(), x.double())
+    oracle = torch.einsum("boi,koi->bk", shares, direction.double())
+
+    dw = start.clone() if begun else torch.full_like(start, float("nan"))
+    before = torch.einsum("oi,koi->k", start, direction) if begun else None
+    sample_db = torch.full((B, n_out), float("nan"), dtype=full) if bias else None
+    dots, running = data_value.add_samples(dw, x, dy, direction, before, sample_db)
+    total = shares.sum(0) + (start if begun else 0)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4  # the difference of two sums in float32
+    assert dots.shape == (B, K) and relative_error(dots, oracle) < tolerance
+    assert relative_error(dw, total) < tolerance
+    assert relative_error(running, torch.einsum("oi,koi->k", total, direction.double())) < tolerance
+    assert not bias or relative_error(sample_db, dy.double().sum(1)) < tolerance
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operators_are_what_their_schemas_say(bias):
+    """No output is an input or changes one, and the shapes that torch.compile is told are those that come."""
+    x, dy, direction = torch.randn(3, 4, 5), torch.randn(3, 4, 6), torch.randn(2, 6, 5)
+    torch.library.opcheck(data_value.linear_grad.default, (x, dy, direction, bias))
+    targets = torch.randint(6, (3, 4))
+    for backward, given_direction in ((False, None), (True, None), (True, direction)):
+        arguments = x, direction[0].clone(), targets, given_direction, backward
+        torch.library.opcheck(data_value.head_loss.default, arguments)
+
+
 def test_untied_head_and_a_weight_used_three_times():
     """The derivative is linear: nothing in the layers may assume that a weight is used once."""
 
