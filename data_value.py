@@ -131,7 +131,7 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
         if sample_db is not None:
             torch.sum(dy, 1, dtype=dw.dtype, out=sample_db)
         return add_samples_triton(dw, x, dy, direction), dw.new_zeros(len(direction))
-    # Eight sums of a small weight, each of every eighth sample, grow side by side: fewer calls, all of them in the cache.
+    # Eight sums of a small weight, each of every eighth sample, grow side by side, in the cache and in fewer calls.
     lanes = min(len(x), 8) if running is None and dw.numel() <= 2**16 else 1
     sums = dw[None] if lanes == 1 else dw.new_empty(lanes, *dw.shape)
     flat_sums, flat_directions = sums.flatten(1).unbind(), direction.flatten(1).unbind()
