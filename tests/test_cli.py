@@ -11,6 +11,8 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import prepare_owt
 import report
@@ -270,3 +272,46 @@ def test_training_from_pretrained_weights(home):
     refused(
         f"{TINY} --init_from=gpt2-tiny --block_size=64 --out_dir=out/y", "--block_size=64: gpt2-tiny has 32 positions"
     )
+
+
+class _NumbersRead(TorchDispatchMode):
+    """Counts calls of the operator through which all of PyTorch, its C++ included, reads a number from a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator is torch.ops.aten._local_scalar_dense.default
+        return operator(*args, **(kwargs or {}))
+
+
+class _TensorsRead(TorchFunctionMode):
+    """Counts what brings a whole tensor to the host."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in ("tolist", "cpu", "numpy", "__array__", "nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--score=True --grad_clip=1 --dropout=0.1",
+        "--score=True --val_sets=odd,even --value_direction=sgd,adam --val_groups=2 --val_interval=2 --val_average=4",
+        "--score=True --value_order=2",
+        "--score=True --value_order=2 --optimizer=sgd",
+    ],
+)
+def test_a_step_reads_nothing_from_its_device(home, monkeypatch, flags):
+    """On a GPU every such read would have a step wait: a longer run reads no more than a shorter one."""
+    monkeypatch.setattr(train, "watch_sigterm", lambda *_: lambda: False)  # its number is a CPU's on every device
+    counts = []
+    for n in (3, 9):  # one part of the log, and no iteration but the first and last prints or evaluates
+        quiet = f"--max_iters={n} --log_interval=100 --eval_interval=100 --checkpoint_interval=100 --val_batch_size=4"
+        with _NumbersRead() as numbers, _TensorsRead() as tensors:
+            call(train.main, f"{TINY} {quiet} {flags} --out_dir=out/{n}")
+        counts.append((numbers.count, tensors.count))
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 0, "the modes see nothing"
