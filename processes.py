@@ -63,7 +63,7 @@ def keep_freed_memory():
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never; the largest number is 2 GB, which a step of 124M frees
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
 
 
