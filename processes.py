@@ -1,8 +1,10 @@
 """The processes of a run: torchrun's, one for every GPU, or a single one; what they share, and how they end."""
 
+import atexit
 import ctypes
 import os
 import signal
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -52,8 +54,18 @@ def processes(knobs):
         lines = str(error).strip().splitlines()
         said = f"{lines[0]:.150}" + (f" ... {lines[-1]:.150}" if len(lines) > 1 else "")
         lost = f"process {os.environ['RANK']} of {world}: another one died or hung, or cannot be reached ({said})"
+        atexit.register(end_without_teardown)
         raise UserError(f"{lost}; {how_to_resume(knobs)}") from error
     dist.destroy_process_group()
+
+
+def end_without_teardown():
+    """
+    For atexit, when all is written and said: end this process with status 1 before the interpreter is taken down. A
+    thread of gloo's that still holds a tensor would ask the dying interpreter to let go of it, and abort the process.
+    """
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def keep_freed_memory():

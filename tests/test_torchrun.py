@@ -153,7 +153,7 @@ def test_the_others_end_with_a_message_when_one_dies_or_hangs(home, lost, how): 
     finally:
         ranks[lost].kill()
     ranks[lost].communicate()
-    assert survivor.returncode == 1
+    assert survivor.returncode == 1, err
     assert f"process {1 - lost} of 2: another one died or hung" in err and "--init_from=resume" in err
     assert "Traceback" not in err
     assert torch.load("out/x/ckpt.pt", weights_only=True)["iter_num"] >= 3
