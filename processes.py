@@ -37,6 +37,8 @@ def processes(knobs):
     if "RANK" not in os.environ:
         yield 0, 1
         return
+    lost = []
+    atexit.register(end_without_teardown, lost)
     world, steps = int(os.environ["WORLD_SIZE"]), knobs.gradient_accumulation_steps
     if steps % world:
         below, above = steps // world * world, -(-steps // world) * world
@@ -53,19 +55,21 @@ def processes(knobs):
             raise
         lines = str(error).strip().splitlines()
         said = f"{lines[0]:.150}" + (f" ... {lines[-1]:.150}" if len(lines) > 1 else "")
-        lost = f"process {os.environ['RANK']} of {world}: another one died or hung, or cannot be reached ({said})"
-        atexit.register(end_without_teardown)
-        raise UserError(f"{lost}; {how_to_resume(knobs)}") from error
+        lost.append(f"process {os.environ['RANK']} of {world}: another one died or hung, or cannot be reached ({said})")
+        raise UserError(f"{lost[0]}; {how_to_resume(knobs)}") from error
     dist.destroy_process_group()
 
 
-def end_without_teardown():
+def end_without_teardown(lost):
     """
-    For atexit, when all is written and said: end this process with status 1 before the interpreter is taken down. A
-    thread of gloo's that still holds a tensor would ask the dying interpreter to let go of it, and abort the process.
+    For atexit: where another process is lost, end this one with status 1 before the interpreter is taken down. A thread
+    of gloo's that still holds a tensor would ask the dying interpreter to let go of it, and abort the process.
     """
-    sys.stdout.flush()
-    os._exit(1)
+    if lost:
+        try:
+            sys.stdout.flush()
+        finally:
+            os._exit(1)
 
 
 def keep_freed_memory():
@@ -76,7 +80,7 @@ def keep_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never; the largest number is 2 GB, which a step of 124M frees
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: older versions take no more
 
 
 def how_to_resume(knobs):
