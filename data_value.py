@@ -81,11 +81,13 @@ def _dot(samples, direction):
 
 def operator(function):
     """
-    The function of tensors as torch.ops.data_value.<its name>, which torch.compile sees as one node. (custom_op does
-    the same and looks at every call for what a test can look for once: 1% of a step at the demo's shape.)
+    The function of tensors as torch.ops.data_value.<its name>, which torch.compile sees as one node; to be called
+    without grad. (custom_op does the same, and checks at every call that no output is an input, 1% of a step at the
+    demo's shape; a test does it once.)
     """
     name = f"data_value::{function.__name__}"
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", function)
     return getattr(torch.ops.data_value, function.__name__)
 
@@ -95,23 +97,23 @@ use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the 
 
 @operator
 def linear_grad(
-    x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor, bias: bool
+    x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor, has_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     x (B, T, in), dy (B, T, out), direction (K, out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), every
-    sample's share of it dotted with each direction, (B, K), and, with a bias, every sample's gradient of it, (B, out);
-    all in the direction's dtype.
+    sample's share of it dotted with each direction, (B, K), and every sample's gradient of the bias, (B, out), (0,)
+    without one; all in the direction's dtype.
     """
     dw = torch.empty_like(direction[0])
-    sample_db = dw.new_empty(len(x), len(dw)) if bias else None
-    dots, _ = add_samples(dw, x, dy, direction, None, sample_db)
-    return dw, dots, sample_db if bias else dw.new_empty(0)
+    sample_db = dw.new_empty((len(x), len(dw)) if has_bias else 0)
+    dots, _ = add_samples(dw, x, dy, direction, None, sample_db if has_bias else None)
+    return dw, dots, sample_db
 
 
 @torch.library.register_fake("data_value::linear_grad")
-def _(x, dy, direction, bias):
+def _(x, dy, direction, has_bias):
     dw = torch.empty_like(direction[0])
-    return dw, dw.new_empty(len(x), len(direction)), dw.new_empty((len(x), len(dw)) if bias else 0)
+    return dw, dw.new_empty(len(x), len(direction)), dw.new_empty((len(x), len(dw)) if has_bias else 0)
 
 
 def add_samples(dw, x, dy, direction, running, sample_db=None):
@@ -134,7 +136,7 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
     # Eight sums of a small weight, each of every eighth sample, grow side by side, in the cache and in fewer calls.
     lanes = min(len(x), 8) if running is None and dw.numel() <= 2**16 else 1
     sums = dw[None] if lanes == 1 else dw.new_empty(lanes, *dw.shape)
-    flat_sums, flat_directions = sums.flatten(1).unbind(), direction.flatten(1).unbind()
+    flat_sums, flat_directions = sums.view(lanes, -1).unbind(), direction.flatten(1).unbind()
     dots = dw.new_zeros(lanes + len(x), len(direction))  # of each sum and direction, after each of its samples
     beta = 0
     if running is not None:
@@ -157,7 +159,7 @@ def add_products(sums, a, b, beta=1):
     """sums = beta * sums + a @ b, (n, out, in), accumulated in the dtype of sums, in place."""
     if a.dtype == sums.dtype:
         sums.baddbmm_(a, b, beta=beta)
-    elif sums.is_cuda:  # only there has a product of bfloat16 a float32 result
+    elif sums.is_cuda and sums.dtype == torch.float32:  # only there has a product of bfloat16 a float32 result
         products = torch.bmm(a, b, out_dtype=sums.dtype)
         sums.add_(products) if beta else sums.copy_(products)
     else:

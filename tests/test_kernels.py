@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bench
+import data_value
 import kernels
 from data_value import add_samples
 
@@ -258,6 +260,24 @@ def test_the_choice_draws_no_random_numbers():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_where_the_kernel_is_used_the_operators_give_the_same(monkeypatch, has_bias):
+    def kernel(dw, x, dy, direction):
+        sample_dw = torch.einsum("bto,bti->boi", dy, x)
+        dw += sample_dw.sum(0)
+        return torch.einsum("boi,koi->bk", sample_dw, direction)
+
+    x, dy, direction, weight = (torch.randn(*shape) for shape in ((3, 600, 4), (3, 600, 6), (2, 6, 4), (6, 4)))
+    linear = x, dy, direction, has_bias
+    head = x, weight, torch.randint(6, (3, 600)), direction, True
+    monkeypatch.setitem(data_value.SLICE, "cpu", 1)  # slices of 512 tokens
+    expected = data_value.linear_grad(*linear), data_value.head_loss(*head)
+    monkeypatch.setattr(data_value, "use_triton", True)
+    monkeypatch.setattr(data_value, "add_samples_triton", kernel)
+    found = data_value.linear_grad(*linear), data_value.head_loss(*head)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_without_a_gpu_or_triton_the_choice_says_so(monkeypatch):
     choose = functools.partial(kernels.choose, shapes=[(2, 8, 6, 4)], dtype=torch.float32, plain=add_samples)
     assert choose("cpu") == (False, "weight gradients by plain PyTorch: cpu is no CUDA device")
@@ -295,3 +315,19 @@ def test_the_choice_on_a_gpu():
     print(reason)
     assert "relative error is" in reason
     assert "ms by the kernel" in reason
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("use_triton", [False, True])
+def test_a_scored_step_does_not_wait_for_the_gpu(monkeypatch, use_triton):
+    monkeypatch.setattr(data_value, "use_triton", use_triton)
+    run = bench.Bench(bench.Knobs(device="cuda", n_layer=2, block_size=64, batch_size=4, dtype="bfloat16"), stock=False)
+    run.scored()  # compiles
+    run.order2()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.scored()
+        run.order2()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
