@@ -136,19 +136,22 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
     # Eight sums of a small weight, each of every eighth sample, grow side by side, in the cache and in fewer calls.
     lanes = min(len(x), 8) if running is None and dw.numel() <= 2**16 else 1
     sums = dw[None] if lanes == 1 else dw.new_empty(lanes, *dw.shape)
-    flat_sums, flat_directions = sums.view(lanes, -1).unbind(), direction.flatten(1).unbind()
+    flat_sums, flat_direction = sums.view(lanes, -1), direction.flatten(1)
     dots = dw.new_zeros(lanes + len(x), len(direction))  # of each sum and direction, after each of its samples
     beta = 0
     if running is not None:
         dots[0], beta = running, 1
     for i in range(0, len(x), lanes):
         part = slice(i, i + lanes)
+        n = len(x) - i  # the last part may be smaller
         if sample_db is not None:  # in the cache, where the product finds dY again
             torch.sum(dy[part], 1, dtype=dw.dtype, out=sample_db[part])
-        add_products(sums[: len(x) - i], dy[part].mT, x[part], beta)
-        for flat_sum, row in zip(flat_sums, dots[lanes:][part].unbind(), strict=False):  # the last part may be smaller
-            for flat_direction, dot in zip(flat_directions, row.unbind(), strict=True):
-                torch.dot(flat_sum, flat_direction, out=dot)
+        add_products(sums[:n], dy[part].mT, x[part], beta)
+        if lanes > 1:
+            torch.mm(flat_sums[:n], flat_direction.T, out=dots[lanes:][part])
+        else:  # as a product it is slower
+            for one, dot in zip(flat_direction.unbind(), dots[1 + i].unbind(), strict=True):
+                torch.dot(flat_sums[0], one, out=dot)
         beta = 1
     if lanes > 1:
         torch.sum(sums, 0, out=dw)
