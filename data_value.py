@@ -297,11 +297,15 @@ def head_loss(
         for t in range(0, T, length):
             part = slice(i, i + samples), slice(t, t + length)
             index = targets[part].unsqueeze(2)
-            log_p = torch.log_softmax(x[part] @ weight.T, 2, dtype=full)
-            loss -= log_p.gather(2, index).sum()
+            logits = exp = dy = None  # the last slice's: no second tensor of this size, so no log_softmax either
+            logits = x[part] @ weight.T
+            target, largest = logits.gather(2, index), logits.amax(2, keepdim=True).to(full)
+            exp = torch.sub(logits, largest, out=logits if logits.dtype == full else None).exp_()
+            total = exp.sum(2, keepdim=True)
+            loss += (total.log() + largest - target).sum()
             if not backward:
                 continue
-            dy = log_p.exp_().scatter_add_(2, index, torch.full_like(index, -1, dtype=full)).div_(B * T).to(x.dtype)
+            dy = exp.scatter_add_(2, index, -total).div_(total * (B * T)).to(x.dtype)
             dx[part] = dy @ weight
             if direction is None:
                 add_products(dw[None], dy.flatten(0, 1).T[None], x[part].flatten(0, 1)[None])

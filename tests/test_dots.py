@@ -8,7 +8,9 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data_value
 from data_value import attach_directions, dot_products, set_direction, validation_gradient
@@ -149,6 +151,47 @@ def test_the_operators_are_what_their_schemas_say(B, dtype):
     weight, targets = direction[0].to(dtype, copy=True), torch.randint(6, (B, 4))
     for backward, given_direction in ((False, None), (True, None), (True, direction)):
         torch.library.opcheck(data_value.head_loss.default, (x, weight, targets, given_direction, backward))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_the_head_is_the_cross_entropy_however_sure_it_is(scale):
+    """With a large scale all probabilities are 0 or 1 in float32, and losses run to thousands of nats."""
+    x, weight, targets = scale * torch.randn(3, 7, 5), torch.randn(11, 5), tokens(11, 3, 7)
+    targets[0, :4] = (x[0, :4] @ weight.T).argmax(1)  # some are right
+    loss, dx, dw, _ = data_value.head_loss(x, weight, targets, None, True)
+    exact_x, exact_weight = (tensor.double().requires_grad_() for tensor in (x, weight))
+    oracle = F.cross_entropy((exact_x @ exact_weight.T).flatten(0, 1), targets.flatten())
+    gradients = torch.autograd.grad(oracle, (exact_x, exact_weight))
+    assert relative_error(loss, oracle) < 1e-5 and oracle > scale
+    for ours, exact in zip((dx, dw), gradients, strict=True):
+        assert relative_error(ours, exact) < 1e-4
+
+
+class _LiveStorages(TorchDispatchMode):
+    """The most tensors of at least `numel` elements, each with a storage of its own, that are alive at a time."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.storages, self.most = numel, {}, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() >= self.numel * out.element_size():
+            reference = StorageWeakRef(out.untyped_storage())
+            self.storages[reference.cdata] = reference
+        alive = [reference for reference in self.storages.values() if not reference.expired()]
+        self.most = max(self.most, len(alive))
+        return out
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_only_one_tensor_of_a_slice_of_logits_exists_at_a_time(monkeypatch, backward):
+    monkeypatch.setitem(data_value.SLICE, "cpu", 1)  # slices of 512 tokens
+    x, weight, targets = torch.randn(2, 1024, 4), torch.randn(50, 4), tokens(50, 2, 1024)
+    operator = data_value.head_loss.default
+    with _LiveStorages(512 * 50) as live:  # the mode would see the operator as one node
+        operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), x, weight, targets, None, backward)
+    assert live.most == 1
 
 
 def test_untied_head_and_a_weight_used_three_times():
