@@ -133,40 +133,44 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
         if sample_db is not None:
             torch.sum(dy, 1, dtype=dw.dtype, out=sample_db)
         return add_samples_triton(dw, x, dy, direction), dw.new_zeros(len(direction))
-    # Eight sums of a small weight, each of every eighth sample, grow side by side, in the cache and in fewer calls.
-    lanes = min(len(x), 8) if running is None and dw.numel() <= 2**16 else 1
-    sums = dw[None] if lanes == 1 else dw.new_empty(lanes, *dw.shape)
-    flat_sums, flat_direction = sums.view(lanes, -1), direction.flatten(1)
-    dots = dw.new_zeros(lanes + len(x), len(direction))  # of each sum and direction, after each of its samples
-    beta = 0
-    if running is not None:
-        dots[0], beta = running, 1
-    for i in range(0, len(x), lanes):
-        part = slice(i, i + lanes)
-        n = len(x) - i  # the last part may be smaller
-        if sample_db is not None:  # in the cache, where the product finds dY again
-            torch.sum(dy[part], 1, dtype=dw.dtype, out=sample_db[part])
-        add_products(sums[:n], dy[part].mT, x[part], beta)
-        if lanes > 1:
-            torch.mm(flat_sums[:n], flat_direction.T, out=dots[lanes:][part])
-        else:  # as a product it is slower
-            for one, dot in zip(flat_direction.unbind(), dots[1 + i].unbind(), strict=True):
-                torch.dot(flat_sums[0], one, out=dot)
-        beta = 1
-    if lanes > 1:
+    directions = direction.flatten(1)
+    if running is None and dw.numel() <= 2**16:
+        # Eight sums of a small weight, each of every eighth sample, grow side by side, in the cache and in fewer calls.
+        lanes = min(len(x), 8)
+        sums = dw.new_empty(lanes, *dw.shape)
+        dots = dw.new_zeros(lanes + len(x), len(direction))  # of each sum and direction, after each of its samples
+        for i in range(0, len(x), lanes):
+            part = slice(i, i + lanes)
+            n = len(x) - i  # the last part may be smaller
+            if sample_db is not None:  # in the cache, where the product finds dY again
+                torch.sum(dy[part], 1, dtype=dw.dtype, out=sample_db[part])
+            add_products(sums[:n], dy[part].mT, x[part], beta=1 if i else 0)
+            torch.mm(sums[:n].flatten(1), directions.T, out=dots[lanes:][part])
         torch.sum(sums, 0, out=dw)
-    return dots[lanes:] - dots[:-lanes], dots[-lanes:].sum(0)
+        return dots[lanes:] - dots[:-lanes], dots[-lanes:].sum(0)
+    # With the fewest calls: what Python takes between two of them, the cores wait.
+    dots, flat_dw, directions = [], dw.view(-1), directions.unbind()
+    sample_dbs = [None] * len(x) if sample_db is None else sample_db.unbind()
+    for sample_x, sample_dy, db in zip(x.unbind(), dy.unbind(), sample_dbs, strict=True):
+        if db is not None:
+            torch.sum(sample_dy, 0, dtype=dw.dtype, out=db)
+        add_products(dw, sample_dy.T, sample_x, beta=0 if running is None and not dots else 1)
+        dots += [torch.dot(flat_dw, one) for one in directions]  # as one product they are slower
+    before = dw.new_zeros(len(direction)) if running is None else running
+    dots = torch.stack(dots).view(len(x), -1)
+    return torch.diff(dots, dim=0, prepend=before[None]), dots[-1]
 
 
 def add_products(sums, a, b, beta=1):
-    """sums = beta * sums + a @ b, (n, out, in), accumulated in the dtype of sums, in place."""
+    """sums = beta * sums + a @ b, one product or several, accumulated in the dtype of sums, in place."""
+    add, product = (sums.addmm_, torch.mm) if sums.dim() == 2 else (sums.baddbmm_, torch.bmm)
     if a.dtype == sums.dtype:
-        sums.baddbmm_(a, b, beta=beta)
+        add(a, b, beta=beta)
     elif sums.is_cuda and sums.dtype == torch.float32:  # only there has a product of bfloat16 a float32 result
-        products = torch.bmm(a, b, out_dtype=sums.dtype)
+        products = product(a, b, out_dtype=sums.dtype)
         sums.add_(products) if beta else sums.copy_(products)
     else:
-        sums.baddbmm_(a.to(sums.dtype), b.to(sums.dtype), beta=beta)
+        add(a.to(sums.dtype), b.to(sums.dtype), beta=beta)
 
 
 class Embedding(nn.Embedding):
@@ -308,7 +312,7 @@ def head_loss(
             dy = exp.scatter_add_(2, index, -total).div_(total * (B * T)).to(x.dtype)
             dx[part] = dy @ weight
             if direction is None:
-                add_products(dw[None], dy.flatten(0, 1).T[None], x[part].flatten(0, 1)[None])
+                add_products(dw, dy.flatten(0, 1).T, x[part].flatten(0, 1))
             else:
                 part_dots, running = add_samples(dw, x[part], dy, direction, running)
                 dots[part[0]] += part_dots
