@@ -70,6 +70,14 @@ def baseline(corpus, tmp_path_factory):
     return out_dir
 
 
+@pytest.mark.parametrize("flags, advised", [("", True), ("--val_average=4", False)])
+def test_a_scored_run_ends_with_what_its_share_of_negatives_tells(home, capsys, flags, advised):
+    call(train.main, f"{TINY} --score=True --val_batch_size=4 {flags}")
+    *_, share, meaning = capsys.readouterr().out.strip().splitlines()
+    assert share.endswith("% of them negative") and "how noisy the direction was" in meaning
+    assert ("--val_average=32" in meaning) == advised
+
+
 def test_a_scored_run_leaves_what_the_design_promises(baseline):
     assert sorted(os.listdir(baseline)) == ["ckpt.pt", "config.json", "dot_prod", "metrics.jsonl", "values.npz"]
     log = read_log(baseline)
