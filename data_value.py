@@ -133,7 +133,7 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
         if sample_db is not None:
             torch.sum(dy, 1, dtype=dw.dtype, out=sample_db)
         return add_samples_triton(dw, x, dy, direction), dw.new_zeros(len(direction))
-    directions = direction.flatten(1)
+    flat_direction = direction.flatten(1)
     if running is None and dw.numel() <= 2**16:
         # Eight sums of a small weight, each of every eighth sample, grow side by side, in the cache and in fewer calls.
         lanes = min(len(x), 8)
@@ -145,20 +145,21 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
             if sample_db is not None:  # in the cache, where the product finds dY again
                 torch.sum(dy[part], 1, dtype=dw.dtype, out=sample_db[part])
             add_products(sums[:n], dy[part].mT, x[part], beta=1 if i else 0)
-            torch.mm(sums[:n].flatten(1), directions.T, out=dots[lanes:][part])
+            torch.mm(sums[:n].flatten(1), flat_direction.T, out=dots[lanes:][part])
         torch.sum(sums, 0, out=dw)
         return dots[lanes:] - dots[:-lanes], dots[-lanes:].sum(0)
-    # With the fewest calls: what Python takes between two of them, the cores wait.
-    dots, flat_dw, directions = [], dw.view(-1), directions.unbind()
-    sample_dbs = [None] * len(x) if sample_db is None else sample_db.unbind()
-    for sample_x, sample_dy, db in zip(x.unbind(), dy.unbind(), sample_dbs, strict=True):
-        if db is not None:
-            torch.sum(sample_dy, 0, dtype=dw.dtype, out=db)
-        add_products(dw, sample_dy.T, sample_x, beta=0 if running is None and not dots else 1)
-        dots += [torch.dot(flat_dw, one) for one in directions]  # as one product they are slower
-    before = dw.new_zeros(len(direction)) if running is None else running
-    dots = torch.stack(dots).view(len(x), -1)
-    return torch.diff(dots, dim=0, prepend=before[None]), dots[-1]
+    # In few calls: what Python takes between two of them, the cores of a CPU wait.
+    beta = 0 if running is None else 1
+    dots = [dw.new_zeros(len(direction)) if running is None else running]
+    flat_dw, directions = dw.view(-1), flat_direction.unbind()
+    for i, (sample_x, sample_dy) in enumerate(zip(x.unbind(), dy.unbind(), strict=True)):
+        if sample_db is not None:
+            torch.sum(sample_dy, 0, dtype=dw.dtype, out=sample_db[i])
+        add_products(dw, sample_dy.T, sample_x, beta)
+        # as one product they are slower
+        dots.append(torch.stack([torch.dot(flat_dw, one) for one in directions]))
+        beta = 1
+    return torch.stack(dots).diff(dim=0), dots[-1]
 
 
 def add_products(sums, a, b, beta=1):
@@ -301,15 +302,14 @@ def head_loss(
         for t in range(0, T, length):
             part = slice(i, i + samples), slice(t, t + length)
             index = targets[part].unsqueeze(2)
-            logits = exp = dy = None  # the last slice's: no second tensor of this size, so no log_softmax either
-            logits = x[part] @ weight.T
-            target, largest = logits.gather(2, index), logits.amax(2, keepdim=True).to(full)
-            exp = torch.sub(logits, largest, out=logits if logits.dtype == full else None).exp_()
-            total = exp.sum(2, keepdim=True)
-            loss += (total.log() + largest - target).sum()
+            dy = None  # the last slice's goes first: no second tensor of this size, so no log_softmax either
+            dy = (x[part] @ weight.T).to(full)  # the logits; in place their exponentials, then their gradient
+            target, largest = dy.gather(2, index), dy.amax(2, keepdim=True)
+            total = dy.sub_(largest).exp_().sum(2, keepdim=True)
+            loss += (total.log() + (largest - target)).sum()
             if not backward:
                 continue
-            dy = exp.scatter_add_(2, index, -total).div_(total * (B * T)).to(x.dtype)
+            dy = dy.scatter_add_(2, index, -total).div_(total * (B * T)).to(x.dtype)
             dx[part] = dy @ weight
             if direction is None:
                 add_products(dw, dy.flatten(0, 1).T, x[part].flatten(0, 1))
