@@ -150,16 +150,16 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
         return dots[lanes:] - dots[:-lanes], dots[-lanes:].sum(0)
     # In few calls: what Python takes between two of them, the cores of a CPU wait.
     beta = 0 if running is None else 1
-    dots = [dw.new_zeros(len(direction)) if running is None else running]
+    dots = list(dw.new_zeros(len(direction)) if running is None else running)
     flat_dw, directions = dw.view(-1), flat_direction.unbind()
     for i, (sample_x, sample_dy) in enumerate(zip(x.unbind(), dy.unbind(), strict=True)):
         if sample_db is not None:
             torch.sum(sample_dy, 0, dtype=dw.dtype, out=sample_db[i])
         add_products(dw, sample_dy.T, sample_x, beta)
-        # as one product they are slower
-        dots.append(torch.stack([torch.dot(flat_dw, one) for one in directions]))
+        dots += [torch.dot(flat_dw, one) for one in directions]  # as one product they are slower
         beta = 1
-    return torch.stack(dots).diff(dim=0), dots[-1]
+    dots = torch.stack(dots).view(1 + len(x), -1)
+    return dots.diff(dim=0), dots[-1]
 
 
 def add_products(sums, a, b, beta=1):
