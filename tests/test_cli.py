@@ -70,12 +70,14 @@ def baseline(corpus, tmp_path_factory):
     return out_dir
 
 
-@pytest.mark.parametrize("flags, said", [("", 2), ("--value_order=2", 1), ("--val_average=4", 0)])
-def test_a_scored_run_ends_with_what_its_share_of_negatives_tells(home, capsys, flags, said):
+@pytest.mark.parametrize(
+    "flags, meaning, advice", [("", True, True), ("--value_order=2", True, False), ("--val_average=4", False, False)]
+)
+def test_a_scored_run_ends_with_what_its_share_of_negatives_tells(home, capsys, flags, meaning, advice):
     call(train.main, f"{TINY} --score=True --val_batch_size=4 {flags}")
     out = capsys.readouterr().out
     assert "% of them negative" in out
-    assert ("how noisy the direction was" in out) + ("--val_average=32" in out) == said
+    assert ("how noisy the direction was" in out, "--val_average=32" in out) == (meaning, advice)
 
 
 def test_a_scored_run_leaves_what_the_design_promises(baseline):
