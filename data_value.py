@@ -68,10 +68,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, weight_direction, bias_direction = ctx.saved_tensors
         dx = dy @ weight
-        dw, dot, sample_db = linear_grad(x, dy, weight_direction, bias_direction is not None)
-        if bias_direction is None:
-            return dx, dw, None, dot, None, None
-        return dx, dw, sample_db.sum(0), dot + _dot(sample_db, bias_direction), None, None
+        dw, db, dot = linear_grad(x, dy, weight_direction, bias_direction)
+        return dx, dw, None if bias_direction is None else db, dot, None, None
 
 
 def _dot(samples, direction):
@@ -97,23 +95,26 @@ use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the 
 
 @operator
 def linear_grad(
-    x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor, has_bias: bool
+    x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor, bias_direction: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    x (B, T, in), dy (B, T, out), direction (K, out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), every
-    sample's share of it dotted with each direction, (B, K), and every sample's gradient of the bias, (B, out), (0,)
-    without one; all in the direction's dtype.
+    x (B, T, in), dy (B, T, out), direction (K, out, in), bias_direction (K, out) or None -> the gradients of the
+    weight, sum_i dY_i^T X_i, (out, in), and of the bias, (out,), or (0,) without one, and every sample's share of them
+    dotted with each direction, (B, K); all in the direction's dtype.
     """
     dw = torch.empty_like(direction[0])
-    sample_db = dw.new_empty((len(x), len(dw)) if has_bias else 0)
-    dots, _ = add_samples(dw, x, dy, direction, None, sample_db if has_bias else None)
-    return dw, dots, sample_db
+    if bias_direction is None:
+        dots, _ = add_samples(dw, x, dy, direction, None)
+        return dw, dw.new_empty(0), dots
+    sample_db = dw.new_empty(len(x), len(dw))
+    dots, _ = add_samples(dw, x, dy, direction, None, sample_db)
+    return dw, sample_db.sum(0), dots.addmm_(sample_db, bias_direction.T)
 
 
 @torch.library.register_fake("data_value::linear_grad")
-def _(x, dy, direction, has_bias):
+def _(x, dy, direction, bias_direction):
     dw = torch.empty_like(direction[0])
-    return dw, dw.new_empty(len(x), len(direction)), dw.new_empty((len(x), len(dw)) if has_bias else 0)
+    return dw, dw.new_empty(0 if bias_direction is None else len(dw)), dw.new_empty(len(x), len(direction))
 
 
 def add_samples(dw, x, dy, direction, running, sample_db=None):
@@ -133,29 +134,33 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
         if sample_db is not None:
             torch.sum(dy, 1, dtype=dw.dtype, out=sample_db)
         return add_samples_triton(dw, x, dy, direction), dw.new_zeros(len(direction))
-    flat_direction = direction.flatten(1)
+    # In few calls: what Python takes between two of them, the cores of a CPU wait.
+    flat_direction, beta = direction.flatten(1), 0 if running is None else 1
     if running is None and dw.numel() <= 2**16:
-        # Eight sums of a small weight, each of every eighth sample, grow side by side, in the cache and in fewer calls.
-        lanes = min(len(x), 8)
+        # Up to eight sums of a small weight grow side by side, in the cache and in fewer calls.
+        parts = -(-len(x) // 8)
+        lanes = -(-len(x) // parts)
         sums = dw.new_empty(lanes, *dw.shape)
         dots = dw.new_zeros(lanes + len(x), len(direction))  # of each sum and direction, after each of its samples
-        for i in range(0, len(x), lanes):
-            part = slice(i, i + lanes)
-            n = len(x) - i  # the last part may be smaller
-            if sample_db is not None:  # in the cache, where the product finds dY again
-                torch.sum(dy[part], 1, dtype=dw.dtype, out=sample_db[part])
-            add_products(sums[:n], dy[part].mT, x[part], beta=1 if i else 0)
-            torch.mm(sums[:n].flatten(1), flat_direction.T, out=dots[lanes:][part])
+        flat_sums, direction_T = sums.flatten(1), flat_direction.T
+        part_dbs = [None] * parts if sample_db is None else sample_db.chunk(parts)
+        chunks = x.chunk(parts), dy.chunk(parts), dots[lanes:].chunk(parts), part_dbs
+        for part_x, part_dy, part_dots, part_db in zip(*chunks, strict=True):
+            n = len(part_x)  # the last part may be smaller
+            add_products(sums[:n], part_dy.mT, part_x, beta)
+            torch.mm(flat_sums[:n], direction_T, out=part_dots)
+            if part_db is not None:
+                torch.sum(part_dy, 1, dtype=dw.dtype, out=part_db)
+            beta = 1
         torch.sum(sums, 0, out=dw)
         return dots[lanes:] - dots[:-lanes], dots[-lanes:].sum(0)
-    # In few calls: what Python takes between two of them, the cores of a CPU wait.
-    beta = 0 if running is None else 1
     dots = list(dw.new_zeros(len(direction)) if running is None else running)
     flat_dw, directions = dw.view(-1), flat_direction.unbind()
-    for i, (sample_x, sample_dy) in enumerate(zip(x.unbind(), dy.unbind(), strict=True)):
-        if sample_db is not None:
-            torch.sum(sample_dy, 0, dtype=dw.dtype, out=sample_db[i])
-        add_products(dw, sample_dy.T, sample_x, beta)
+    sample_dbs = [None] * len(x) if sample_db is None else sample_db.unbind()
+    for one_x, one_dy_T, one_db in zip(x.unbind(), dy.mT.unbind(), sample_dbs, strict=True):
+        add_products(dw, one_dy_T, one_x, beta)
+        if one_db is not None:  # after the product, which has brought dY into the cache
+            torch.sum(one_dy_T, 1, dtype=dw.dtype, out=one_db)
         dots += [torch.dot(flat_dw, one) for one in directions]  # as one product they are slower
         beta = 1
     dots = torch.stack(dots).view(1 + len(x), -1)

@@ -149,8 +149,8 @@ def test_float64_sums_of_float32_factors_on_a_gpu():
 def test_the_operators_are_what_their_schemas_say(B, C, dtype):
     """No output is an input or changes one, and the shapes that torch.compile is told are those that come."""
     x, dy, direction = torch.randn(B, 4, C, dtype=dtype), torch.randn(B, 4, 6, dtype=dtype), torch.randn(2, 6, C)
-    for has_bias in (False, True):
-        torch.library.opcheck(data_value.linear_grad.default, (x, dy, direction, has_bias))
+    for bias_direction in (None, torch.randn(2, 6)):
+        torch.library.opcheck(data_value.linear_grad.default, (x, dy, direction, bias_direction))
     weight, targets = direction[0].to(dtype, copy=True), torch.randint(6, (B, 4))
     for backward, given_direction in ((False, None), (True, None), (True, direction)):
         torch.library.opcheck(data_value.head_loss.default, (x, weight, targets, given_direction, backward))

@@ -268,7 +268,7 @@ def test_where_the_kernel_is_used_the_operators_give_the_same(monkeypatch, has_b
         return torch.einsum("boi,koi->bk", sample_dw, direction)
 
     x, dy, direction, weight = (torch.randn(*shape) for shape in ((3, 600, 4), (3, 600, 6), (2, 6, 4), (6, 4)))
-    linear = x, dy, direction, has_bias
+    linear = x, dy, direction, torch.randn(2, 6) if has_bias else None
     head = x, weight, torch.randint(6, (3, 600)), direction, True
     monkeypatch.setitem(data_value.SLICE, "cpu", 1)  # slices of 512 tokens
     expected = data_value.linear_grad(*linear), data_value.head_loss(*head)
