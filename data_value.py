@@ -67,9 +67,13 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, weight_direction, bias_direction = ctx.saved_tensors
+        db = None
+        if bias_direction is not None:  # first: dY, just made, is still in the cache
+            sample_db = dy.sum(1, dtype=bias_direction.dtype)
+            db, bias_dot = sample_db.sum(0), _dot(sample_db, bias_direction)
         dx = dy @ weight
-        dw, db, dot = linear_grad(x, dy, weight_direction, bias_direction)
-        return dx, dw, None if bias_direction is None else db, dot, None, None
+        dw, dot = linear_grad(x, dy, weight_direction)
+        return dx, dw, db, dot if db is None else dot + bias_dot, None, None
 
 
 def _dot(samples, direction):
@@ -94,34 +98,26 @@ use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the 
 
 
 @operator
-def linear_grad(
-    x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor, bias_direction: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def linear_grad(x: torch.Tensor, dy: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    x (B, T, in), dy (B, T, out), direction (K, out, in), bias_direction (K, out) or None -> the gradients of the
-    weight, sum_i dY_i^T X_i, (out, in), and of the bias, (out,), or (0,) without one, and every sample's share of them
-    dotted with each direction, (B, K); all in the direction's dtype.
+    x (B, T, in), dy (B, T, out), direction (K, out, in) -> the weight gradient sum_i dY_i^T X_i, (out, in), and every
+    sample's share of it dotted with each direction, (B, K), in the direction's dtype.
     """
     dw = torch.empty_like(direction[0])
-    if bias_direction is None:
-        dots, _ = add_samples(dw, x, dy, direction, None)
-        return dw, dw.new_empty(0), dots
-    sample_db = dw.new_empty(len(x), len(dw))
-    dots, _ = add_samples(dw, x, dy, direction, None, sample_db)
-    return dw, sample_db.sum(0), dots.addmm_(sample_db, bias_direction.T)
+    dots, _ = add_samples(dw, x, dy, direction, None)
+    return dw, dots
 
 
 @torch.library.register_fake("data_value::linear_grad")
-def _(x, dy, direction, bias_direction):
-    dw = torch.empty_like(direction[0])
-    return dw, dw.new_empty(0 if bias_direction is None else len(dw)), dw.new_empty(len(x), len(direction))
+def _(x, dy, direction):
+    return torch.empty_like(direction[0]), direction.new_empty(len(x), len(direction))
 
 
-def add_samples(dw, x, dy, direction, running, sample_db=None):
+def add_samples(dw, x, dy, direction, running):
     """
     Add dY_i^T X_i of every sample to dw, (out, in), in place. `running` is <dw, direction> for each direction, (K,), or
     None for a dw that holds nothing yet; returns every sample's share dotted with each direction, (B, K), and the new
-    running. `sample_db`, (B, out), if it is given, takes every sample's sum of dY over tokens.
+    running.
 
     The weight gradient may as well be accumulated one sample at a time; <dw, direction> after each sample then gives
     the sample's dot as a difference: for each direction one multiplication in T more than without it. (A buffer for
@@ -131,8 +127,6 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
     if use_triton and dw.dtype == torch.float32:
         if running is None:
             dw.zero_()
-        if sample_db is not None:
-            torch.sum(dy, 1, dtype=dw.dtype, out=sample_db)
         return add_samples_triton(dw, x, dy, direction), dw.new_zeros(len(direction))
     # In few calls: what Python takes between two of them, the cores of a CPU wait.
     flat_direction, beta = direction.flatten(1), 0 if running is None else 1
@@ -143,24 +137,18 @@ def add_samples(dw, x, dy, direction, running, sample_db=None):
         sums = dw.new_empty(lanes, *dw.shape)
         dots = dw.new_zeros(lanes + len(x), len(direction))  # of each sum and direction, after each of its samples
         flat_sums, direction_T = sums.flatten(1), flat_direction.T
-        part_dbs = [None] * parts if sample_db is None else sample_db.chunk(parts)
-        chunks = x.chunk(parts), dy.chunk(parts), dots[lanes:].chunk(parts), part_dbs
-        for part_x, part_dy, part_dots, part_db in zip(*chunks, strict=True):
+        chunks = x.chunk(parts), dy.mT.chunk(parts), dots[lanes:].chunk(parts)
+        for part_x, part_dy_T, part_dots in zip(*chunks, strict=True):
             n = len(part_x)  # the last part may be smaller
-            add_products(sums[:n], part_dy.mT, part_x, beta)
+            add_products(sums[:n], part_dy_T, part_x, beta)
             torch.mm(flat_sums[:n], direction_T, out=part_dots)
-            if part_db is not None:
-                torch.sum(part_dy, 1, dtype=dw.dtype, out=part_db)
             beta = 1
         torch.sum(sums, 0, out=dw)
         return dots[lanes:] - dots[:-lanes], dots[-lanes:].sum(0)
     dots = list(dw.new_zeros(len(direction)) if running is None else running)
     flat_dw, directions = dw.view(-1), flat_direction.unbind()
-    sample_dbs = [None] * len(x) if sample_db is None else sample_db.unbind()
-    for one_x, one_dy_T, one_db in zip(x.unbind(), dy.mT.unbind(), sample_dbs, strict=True):
+    for one_x, one_dy_T in zip(x.unbind(), dy.mT.unbind(), strict=True):
         add_products(dw, one_dy_T, one_x, beta)
-        if one_db is not None:  # after the product, which has brought dY into the cache
-            torch.sum(one_dy_T, 1, dtype=dw.dtype, out=one_db)
         dots += [torch.dot(flat_dw, one) for one in directions]  # as one product they are slower
         beta = 1
     dots = torch.stack(dots).view(1 + len(x), -1)
