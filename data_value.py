@@ -67,13 +67,13 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, weight_direction, bias_direction = ctx.saved_tensors
-        db = None
-        if bias_direction is not None:  # first: dY, just made, is still in the cache
+        db, bias_dot = None, 0
+        if bias_direction is not None:  # first: a small dY, just made, is still in the cache
             sample_db = dy.sum(1, dtype=bias_direction.dtype)
             db, bias_dot = sample_db.sum(0), _dot(sample_db, bias_direction)
         dx = dy @ weight
         dw, dot = linear_grad(x, dy, weight_direction)
-        return dx, dw, db, dot if db is None else dot + bias_dot, None, None
+        return dx, dw, db, dot + bias_dot, None, None
 
 
 def _dot(samples, direction):
@@ -116,8 +116,8 @@ def _(x, dy, direction):
 def add_samples(dw, x, dy, direction, running):
     """
     Add dY_i^T X_i of every sample to dw, (out, in), in place. `running` is <dw, direction> for each direction, (K,), or
-    None for a dw that holds nothing yet; returns every sample's share dotted with each direction, (B, K), and the new
-    running.
+    None for a dw that holds nothing yet; returns every sample's share dotted with each direction, (B, K), and <dw,
+    direction> with them, (K,).
 
     The weight gradient may as well be accumulated one sample at a time; <dw, direction> after each sample then gives
     the sample's dot as a difference: for each direction one multiplication in T more than without it. (A buffer for
@@ -128,17 +128,18 @@ def add_samples(dw, x, dy, direction, running):
         if running is None:
             dw.zero_()
         return add_samples_triton(dw, x, dy, direction), dw.new_zeros(len(direction))
-    # In few calls: what Python takes between two of them, the cores of a CPU wait.
-    flat_direction, beta = direction.flatten(1), 0 if running is None else 1
+    # What follows takes few calls: what Python takes between two of them, the cores of a CPU wait.
+    flat_direction = direction.flatten(1)
+    beta = 0 if running is None else 1
     if running is None and dw.numel() <= 2**16:
-        # Up to eight sums of a small weight grow side by side, in the cache and in fewer calls.
+        # Sums of a small weight, up to eight, each with one sample of every part, grow side by side in the cache.
         parts = -(-len(x) // 8)
-        lanes = -(-len(x) // parts)
+        x_parts, dy_T_parts = x.chunk(parts), dy.mT.chunk(parts)
+        lanes = len(x_parts[0])
         sums = dw.new_empty(lanes, *dw.shape)
         dots = dw.new_zeros(lanes + len(x), len(direction))  # of each sum and direction, after each of its samples
         flat_sums, direction_T = sums.flatten(1), flat_direction.T
-        chunks = x.chunk(parts), dy.mT.chunk(parts), dots[lanes:].chunk(parts)
-        for part_x, part_dy_T, part_dots in zip(*chunks, strict=True):
+        for part_x, part_dy_T, part_dots in zip(x_parts, dy_T_parts, dots[lanes:].chunk(parts), strict=True):
             n = len(part_x)  # the last part may be smaller
             add_products(sums[:n], part_dy_T, part_x, beta)
             torch.mm(flat_sums[:n], direction_T, out=part_dots)

@@ -127,6 +127,32 @@ def test_weight_gradients_and_dots_of_every_sample(B, T, widths, K, dtype, begun
     assert (running - exact).norm() < tolerance * total.norm()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_in, n_out", [(5, 7), (300, 250)])
+def test_a_linears_gradients_and_dots_are_as_good_as_its_factors(n_in, n_out, dtype, bias):
+    """Under autocast the factors are rounded to bfloat16, their sums are not."""
+    torch.manual_seed(0)
+    B, T, K, full = 9, 40, 2, torch.promote_types(dtype, torch.float32)
+    linear = data_value.Linear(n_in, n_out, bias=bias).to(full)
+    buffers = attach_directions(linear, K)
+    for buffer in buffers.values():
+        buffer.normal_()
+    x, dy = torch.randn(B, T, n_in).to(dtype), torch.randn(B, T, n_out).to(dtype)
+    alpha = torch.zeros(B, K, dtype=full, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = linear(x.to(full), alpha)
+    y.backward(dy)
+    sample_dw = torch.einsum("bto,bti->boi", dy.double(), x.double())
+    oracle = torch.einsum("boi,koi->bk", sample_dw, linear.weight_direction.double())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert relative_error(linear.weight.grad, sample_dw.sum(0)) < tolerance
+    if bias:
+        oracle += torch.einsum("bto,ko->bk", dy.double(), linear.bias_direction.double())
+        assert relative_error(linear.bias.grad, dy.double().sum((0, 1))) < tolerance
+    assert relative_error(alpha.grad, oracle) < tolerance
+
+
 def test_float64_sums_of_float32_factors_on_a_gpu():
     """The kernel's oracle. A GPU has no such product, and says so as a CPU does to one that claims to be a GPU."""
 
