@@ -148,6 +148,7 @@ class Knobs:
         check(tokens < 2**31, f"--batch_size={self.batch_size} windows of --block_size={self.block_size}: too many")
         check(bool(self.out_dir), "--out_dir=: give the run a folder")
         check(bool(self.data_dir), "--data_dir=: name the folder of the corpora; this one is --data_dir=.")
+        check(bool(self.dataset), f"--dataset=: name a folder of --data_dir={self.data_dir}")
         for key in ("dropout", "drop_random", "filter_lowest", "beta1", "beta2"):
             check(getattr(self, key) < 1, f"--{key}={getattr(self, key)}: must be below 1")
         choices = dict(value_order=(1, 2), filter_pool=("scored", "all"), optimizer=("adamw", "sgd"))

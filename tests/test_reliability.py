@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_cli import ROOT, TINY, call, corpus, home, metrics, refused  # noqa: F401 (fixtures)
 
@@ -413,6 +413,7 @@ WORDS = ["True", "False", "adam", "sgd", "all", "resume", "scratch", "cpu", "cud
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(knob=st.sampled_from(KNOBS), value=st.one_of(values, st.sampled_from(WORDS)))
+@example(knob="dataset", value="")
 def test_any_knob_gives_a_run_or_one_line(home, knob, value):  # noqa: F811
     shutil.rmtree("out", ignore_errors=True)
     argv = [*TINY.split(), "--max_iters=2", "--warmup_iters=0", "--score=True", "--val_batch_size=2", "--out_dir=out/x"]
