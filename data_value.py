@@ -67,10 +67,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, weight_direction, bias_direction = ctx.saved_tensors
-        db, bias_dot = None, 0
-        if bias_direction is not None:  # first: a small dY, just made, is still in the cache
-            sample_db = dy.sum(1, dtype=bias_direction.dtype)
-            db, bias_dot = sample_db.sum(0), _dot(sample_db, bias_direction)
+        db, bias_dot = _bias_grad(dy, bias_direction)  # first: a small dY, just made, is still in the cache
         dx = dy @ weight
         dw, dot = linear_grad(x, dy, weight_direction)
         return dx, dw, db, dot + bias_dot, None, None
@@ -79,6 +76,14 @@ class _Linear(torch.autograd.Function):
 def _dot(samples, direction):
     """(B, n), (K, n) -> (B, K). A product `@` would be bfloat16 when compiled under autocast."""
     return (samples[:, None] * direction).sum(2)
+
+
+def _bias_grad(dy, direction):
+    """The gradient of a bias, (n,), and every sample's share of it dotted with each direction; None, 0 without one."""
+    if direction is None:
+        return None, 0
+    sample_db = dy.sum(1, dtype=direction.dtype)
+    return sample_db.sum(0), _dot(sample_db, direction)
 
 
 def operator(function):
@@ -148,8 +153,8 @@ def add_samples(dw, x, dy, direction, running):
         return dots[lanes:] - dots[:-lanes], dots[-lanes:].sum(0)
     dots = list(dw.new_zeros(len(direction)) if running is None else running)
     flat_dw, directions = dw.view(-1), flat_direction.unbind()
-    for one_x, one_dy_T in zip(x.unbind(), dy.mT.unbind(), strict=True):
-        add_products(dw, one_dy_T, one_x, beta)
+    for sample_x, sample_dy_T in zip(x.unbind(), dy.mT.unbind(), strict=True):
+        add_products(dw, sample_dy_T, sample_x, beta)
         dots += [torch.dot(flat_dw, one) for one in directions]  # as one product they are slower
         beta = 1
     dots = torch.stack(dots).view(1 + len(x), -1)
@@ -218,12 +223,8 @@ class _LayerNorm(torch.autograd.Function):
         backward = torch.ops.aten.native_layer_norm_backward
         dx, _, _ = backward(dy, x, weight.shape, mean, rstd, weight, None, [True, False, False])
         sample_dw = (x - mean).mul_(rstd).mul_(dy).sum(1)  # (B, C)
-        dot = _dot(sample_dw, weight_direction)
-        if bias_direction is None:
-            return dx, sample_dw.sum(0), None, dot, None, None, None
-        sample_db = dy.sum(1)
-        dot += _dot(sample_db, bias_direction)
-        return dx, sample_dw.sum(0), sample_db.sum(0), dot, None, None, None
+        db, bias_dot = _bias_grad(dy, bias_direction)
+        return dx, sample_dw.sum(0), db, _dot(sample_dw, weight_direction) + bias_dot, None, None, None
 
 
 class LossHead(Linear):
