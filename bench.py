@@ -35,6 +35,7 @@ import kernels
 from configurator import UserError, configure
 from data_value import (
     attach_directions,
+    precondition,
     retreat_to_midpoint,
     set_direction,
     validation_gradient,
@@ -118,7 +119,8 @@ class Bench:
             key: getattr(knobs, key) for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
         }
         self.model = (StockGPT if stock else GPT)(GPTConfig(**shape)).to(knobs.device)
-        self.net = torch.compile(self.model, fullgraph=True, dynamic=False) if knobs.compile else self.model
+        options = dict(fullgraph=True, dynamic=False, disable=not knobs.compile)
+        self.net, self.precondition = torch.compile(self.model, **options), torch.compile(precondition, **options)
         self.optimizer = self.model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95))
         windows = torch.randint(knobs.vocab_size, (knobs.batch_size + knobs.val_batch_size, knobs.block_size + 1))
         x, y = windows[:, :-1].to(knobs.device), windows[:, 1:].to(knobs.device)
@@ -144,7 +146,7 @@ class Bench:
             self.buffers = attach_directions(self.model, self.n_directions)
         gradient = self.val()
         for k in range(self.n_directions):
-            set_direction(self.buffers, gradient, self.adam, k, stepped)
+            set_direction(self.buffers, gradient, self.adam, k, stepped, precondition=self.precondition)
         return torch.zeros(len(self.x), self.n_directions, device=self.x.device, requires_grad=True)
 
     def scored_backward(self):

@@ -388,32 +388,46 @@ def mean_gradient(gradients):
     return {p: torch.stack([gradient[p] for gradient in gradients]).mean(0) for p in gradients[0]}
 
 
-def set_direction(buffers, gradient, optimizer=None, k=0, stepped=False, without=None, mean=None):
+def precondition(rows, gradients, means, moments, beta2, eps, correction, stepped):
+    """
+    rows = gradients / (sqrt(v') + eps) for lists of tensors, one of each parameter's shape: v' as `set_direction` has
+    it is made of `means` and of `moments`, AdamW's exp_avg_sq, with `correction`, its 1 - beta2^t, a scalar tensor. In
+    place and a parameter at a time, so that the smaller ones stay in the cache: up to six passes, which torch.compile
+    makes one.
+    """
+    for d, g, m, v in zip(rows, gradients, means, moments, strict=True):
+        if stepped:
+            torch.div(v, correction, out=d)
+        else:
+            torch.mul(v, beta2, out=d).addcmul_(m, m, value=1 - beta2).div_(correction)
+        torch.div(g, d.sqrt_().add_(eps), out=d)
+
+
+def set_direction(
+    buffers, gradient, optimizer=None, k=0, stepped=False, without=None, mean=None, precondition=precondition
+):
     """
     Fill row k of the buffers of `attach_directions` with D. Without an optimizer D = G. With an AdamW, D = P * G for
     the step that it is about to take: v' = beta2 * v + (1 - beta2) * G^2 and its bias correction, so that a fresh
     state does not give 1 / eps; or, `stepped`, for the step that it has just taken, whose v is known. `mean` takes the
     place of G in v', so that the directions of several groups average to that of all. The slice of the parameter
-    `without` is zero.
+    `without` is zero. `precondition` is the function above or torch.compile of it.
     """
+    mean = mean or gradient
     if optimizer is None:
         for p, g in gradient.items():
             buffers[p][k].copy_(g)
     for group in optimizer.param_groups if optimizer else ():
         beta2, eps, params = group["betas"][1], group["eps"], group["params"]
-        states = [optimizer.state[p] for p in params if p in optimizer.state]
-        if states:  # all parameters take every step
-            correction = 1 - beta2 ** (states[0]["step"] + (not stepped))
-        # in place, a parameter at a time: nothing new is allocated and the smaller ones stay in the cache
-        for i, p in enumerate(params):
-            g, d = (mean or gradient)[p], buffers[p][k]
-            if not states:
-                torch.mul(g, g, out=d)
-            elif stepped:
-                torch.div(states[i]["exp_avg_sq"], correction, out=d)
-            else:
-                torch.mul(states[i]["exp_avg_sq"], beta2, out=d).addcmul_(g, g, value=1 - beta2).div_(correction)
-            torch.div(gradient[p], d.sqrt_().add_(eps), out=d)
+        if params[0] in optimizer.state:  # all parameters take every step
+            step = optimizer.state[params[0]]["step"]
+            moments = [optimizer.state[p]["exp_avg_sq"] for p in params]
+        else:  # the zeros that its state begins with
+            step, moments = torch.zeros((), device=params[0].device), [torch.zeros_like(p) for p in params]
+        correction = 1 - beta2 ** (step + (not stepped))
+        rows = [buffers[p][k] for p in params]
+        gradients, means = [gradient[p] for p in params], [mean[p] for p in params]
+        precondition(rows, gradients, means, moments, beta2, eps, correction, stepped)
     if without is not None:
         buffers[without][k].zero_()
 

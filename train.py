@@ -39,6 +39,7 @@ from data_value import (
     load_values,
     log_files,
     mean_gradient,
+    precondition,
     read_log,
     retreat_to_midpoint,
     set_direction,
@@ -125,7 +126,7 @@ class Knobs:
     # the machine
     device: str = "cuda"  # 'cpu', 'cuda', 'cuda:1', 'mps'
     dtype: str = "bfloat16"  # autocast to bfloat16, or 'float32'
-    compile: bool = True  # torch.compile the model
+    compile: bool = True  # torch.compile the model and AdamW's direction
     process_timeout: int = 600  # seconds after which processes that wait for a dead or hung one give up
 
     def __post_init__(self):
@@ -384,7 +385,8 @@ def train(knobs, rank, world, stack):
     buffers = attach_directions(model, len(directions)) if knobs.score else None
     # a graph for every shape: training, scoring, validation, and the last batch of each test set
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 2 * len(test_sets))
-    compiled = torch.compile(model, fullgraph=True, dynamic=False) if knobs.compile else model
+    options = dict(fullgraph=True, dynamic=False, disable=not knobs.compile)
+    compiled, compiled_precondition = torch.compile(model, **options), torch.compile(precondition, **options)
     net = compiled  # what trains; validation and evaluation need no averaging of gradients
     if world > 1:  # the buffers are the directions, which every rank computes
         net = DistributedDataParallel(compiled, forward_sync_buffers=False)
@@ -474,9 +476,9 @@ def train(knobs, rank, world, stack):
             mean = mean_gradient(groups)
             for kind in kinds:
                 for gradient in groups:
-                    scaling = optimizer if kind.startswith("adam") else None
+                    adamw = optimizer if kind.startswith("adam") else None
                     without = model.lm_head.weight if kind.endswith("-wte") else None
-                    set_direction(buffers, gradient, scaling, k, stepped, without, mean)
+                    set_direction(buffers, gradient, adamw, k, stepped, without, mean, compiled_precondition)
                     k += 1
 
     def forward(net, step, ids, scored):

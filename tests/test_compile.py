@@ -1,18 +1,24 @@
-"""torch.compile with scoring: one graph each for validation, training and evaluation, and the numbers of eager."""
+"""
+torch.compile with scoring: one graph each for validation, training and evaluation and for AdamW's direction of each of
+its two groups (matrices decay, the rest does not); and the numbers of eager.
+"""
 
 import shutil
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
+from test_cli import TINY, call, corpus, home  # noqa: F401 (fixtures)
 
-from data_value import attach_directions, set_direction, validation_gradient
+import train
+from data_value import attach_directions, precondition, read_log, set_direction, validation_gradient
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 
 
-def steps(model, net, buffers, n, autocast, B=4, m=2, T=16):
+def steps(model, net, scale, buffers, n, autocast, B=4, m=2, T=16):
     """Losses, dots and graphs compiled so far, for n scored steps with an evaluation after each."""
     optimizer = model.configure_optimizers("adamw", 0.1, 1e-3, (0.9, 0.95))
     results, graphs = [], []
@@ -21,8 +27,9 @@ def steps(model, net, buffers, n, autocast, B=4, m=2, T=16):
         x, y, x_val, y_val = (torch.randint(50, (k, T), generator=generator) for k in (B, B, m, m))
         with autocast:
             gradient, _ = validation_gradient(net, x_val, y_val)
-        set_direction(buffers, gradient, optimizer)
-        alpha = torch.zeros(B, 1, requires_grad=True)
+        for k in range(2):
+            set_direction(buffers, gradient, optimizer, k, precondition=scale)
+        alpha = torch.zeros(B, 2, requires_grad=True)
         with autocast:
             loss = net(x, y, alpha)[1]
         loss.backward()
@@ -32,7 +39,7 @@ def steps(model, net, buffers, n, autocast, B=4, m=2, T=16):
         with torch.no_grad(), autocast:
             test_loss = net(x, y)[1]
         model.train()
-        results.append(torch.cat([alpha.grad[:, 0] * B, loss.detach()[None], test_loss[None]]))
+        results.append(torch.cat([alpha.grad.flatten() * B, loss.detach()[None], test_loss[None]]))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return torch.stack(results), graphs
 
@@ -46,9 +53,24 @@ def test_compiled_scoring_equals_eager_and_does_not_recompile(dtype, tolerance):
     for compiled in (False, True):
         torch.manual_seed(0)
         model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16))
-        buffers = attach_directions(model)
-        net = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-        results, graphs = steps(model, net, buffers, 4, autocast)
+        buffers = attach_directions(model, 2)
+        options = dict(fullgraph=True, dynamic=False, disable=not compiled)
+        net, scale = torch.compile(model, **options), torch.compile(precondition, **options)
+        results, graphs = steps(model, net, scale, buffers, 4, autocast)
         runs.append(results)
     torch.testing.assert_close(runs[1], runs[0], rtol=tolerance, atol=tolerance / 100)
-    assert graphs == [3, 3, 3, 3]
+    assert graphs == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_run_compiles_the_model_and_adamws_direction(home, order):  # noqa: F811
+    """Without biases: those of the keys have no gradient but rounding, which AdamW's scaling makes something of."""
+    flags = f"{TINY} --score=True --bias=False --value_direction=sgd,adam --val_batch_size=4 --val_groups=2"
+    flags += f" --value_order={order} --max_iters=3 --eval_interval=3"
+    call(train.main, f"{flags} --out_dir=out/eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    call(train.main, f"{flags} --compile=True --out_dir=out/compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5 + (order == 2)  # the batch without alpha
+    eager, compiled = (read_log(f"out/{name}")["dot_product"] for name in ("eager", "compiled"))
+    assert np.linalg.norm(compiled - eager) < 1e-3 * np.linalg.norm(eager)
