@@ -31,8 +31,6 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import data_value
-import kernels
-from configurator import UserError, configure
 from data_value import (
     attach_directions,
     precondition,
@@ -42,7 +40,9 @@ from data_value import (
     weight_gradient_shapes,
 )
 from model import GPT, GPTConfig
-from processes import keep_freed_memory
+from support import kernels
+from support.configurator import UserError, configure
+from support.processes import keep_freed_memory
 
 
 @dataclass

@@ -28,9 +28,9 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from configurator import UserError
-from files import atomic_write, load_torch
-from kernels import add_samples_triton
+from support.configurator import UserError
+from support.files import atomic_write, load_torch
+from support.kernels import add_samples_triton
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers. Each is its torch.nn namesake until alpha, (B, K), is given; it then holds K directions beside each of its

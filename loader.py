@@ -14,9 +14,9 @@ import os
 import numpy as np
 import torch
 
-from configurator import UserError
 from data_value import load_values
 from prepare_owt import load_meta, open_split, window_domains
+from support.configurator import UserError
 
 TRAIN, VAL, TEST, DROP = range(4)  # streams: sequences that know nothing of each other
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import UserError
 from data_value import Embedding, LayerNorm, Linear, LossHead
+from support.configurator import UserError
 
 
 class CausalSelfAttention(nn.Module):

@@ -33,8 +33,8 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from configurator import UserError, configure
-from files import atomic_write
+from support.configurator import UserError, configure
+from support.files import atomic_write
 
 SPLITS = ("train", "val", "test")
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # what `datasets` calls them

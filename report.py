@@ -34,10 +34,10 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.patches import Patch
 
-from configurator import UserError
 from data_value import columns_of, load_values, read_log
-from files import atomic_write
 from prepare_owt import get_tokenizer, load_meta, open_split, window_domains
+from support.configurator import UserError
+from support.files import atomic_write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs, and groups of runs that differ only in their seed.

@@ -32,8 +32,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data_value
-import kernels
-from configurator import UserError, configure
 from data_value import (
     attach_directions,
     load_values,
@@ -48,7 +46,6 @@ from data_value import (
     write_log,
     write_values,
 )
-from files import atomic_write, load_torch, lock, writing
 from loader import (
     TEST,
     VAL,
@@ -63,7 +60,10 @@ from loader import (
 )
 from model import GPT, GPTConfig
 from prepare_owt import get_tokenizer
-from processes import average_over_ranks, how_to_resume, keep_freed_memory, processes, watch_sigterm
+from support import kernels
+from support.configurator import UserError, configure
+from support.files import atomic_write, load_torch, lock, writing
+from support.processes import average_over_ranks, how_to_resume, keep_freed_memory, processes, watch_sigterm
 
 
 @dataclass

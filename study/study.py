@@ -29,9 +29,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-from configurator import UserError  # noqa: E402
 from data_value import columns_of, load_values, read_log, z_score  # noqa: E402
-from files import atomic_write  # noqa: E402
 from loader import mix  # noqa: E402
 from prepare_owt import (  # noqa: E402
     Knobs,
@@ -45,6 +43,8 @@ from prepare_owt import (  # noqa: E402
     write_checksums,
 )
 from report import read_run  # noqa: E402
+from support.configurator import UserError  # noqa: E402
+from support.files import atomic_write  # noqa: E402
 
 T = 64
 # the centre: AdamW, 32 windows of 64 bytes an iteration, m = 16 validation windows redrawn every iteration

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import UserError, configure
+from support.configurator import UserError, configure
 from train import Knobs, get_lr
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

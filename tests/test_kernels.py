@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import bench
 import data_value
-import kernels
 from data_value import add_samples
+from support import kernels
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 SMALL = dict(BLOCK_OUT=16, BLOCK_IN=32, BLOCK_T=16)

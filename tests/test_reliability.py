@@ -20,10 +20,10 @@ from test_cli import ROOT, TINY, call, corpus, home, metrics, refused  # noqa: F
 
 import prepare_owt
 import train
-from configurator import UserError
 from data_value import load_values, read_log
-from files import load_torch
 from model import GPT
+from support.configurator import UserError
+from support.files import load_torch
 
 SCORED = f"{TINY} --score=True --val_batch_size=3 --value_direction=adam"
 

@@ -10,9 +10,9 @@ import tiktoken
 import torch
 
 import report
-from configurator import UserError
 from data_value import write_values
 from prepare_owt import Tokens, write_checksums
+from support.configurator import UserError
 
 KNOBS = dict(
     init_from="scratch",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from configurator import UserError
+from support.configurator import UserError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 

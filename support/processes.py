@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from support.configurator import UserError
 
 
 @contextmanager
