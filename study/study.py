@@ -34,10 +34,9 @@ from loader import mix  # noqa: E402
 from prepare_owt import (  # noqa: E402
     Knobs,
     checksum_of,
-    dataset_documents,
+    documents_of,
     load_meta,
     open_split,
-    python_documents,
     sha256_of,
     window_domains,
     write_checksums,
@@ -412,10 +411,9 @@ def main():
     args = parser.parse_args()
 
     base = "study_" + os.path.splitext(os.path.basename(args.source))[0]
-    domain = dict(domain_field="domain", tokenizer="bytes")
-    read = python_documents if args.source == "python" else lambda: dataset_documents(Knobs(args.source, **domain))
-    prepare(read(), f"{base}_clean", lambda domain: domain != args.foreign)
-    prepare(read(), f"{base}_foreign", lambda domain: domain == args.foreign)
+    knobs = Knobs(args.source, domain_field="domain", tokenizer="bytes")
+    prepare(documents_of(knobs), f"{base}_clean", lambda domain: domain != args.foreign)
+    prepare(documents_of(knobs), f"{base}_foreign", lambda domain: domain == args.foreign)
     domains = load_meta(f"data/{base}_clean")["domains"]
     if args.single not in domains or len(domains) < 2:
         raise UserError(f"--single={args.single}: not among the domains of {args.source}: {', '.join(domains)}")
