@@ -1,0 +1,305 @@
+"""
+One command on a machine with an NVIDIA GPU, and minutes later every figure of this project that needs one.
+
+    make gpu                                       # into out/gpu/: read gpu.md there
+    make gpu OUT=out/gpu MINUTES=3 STAGES=2,3,4    # some of the stages
+    python gpu.py --out=out/gpu --minutes=6        # where there is no make
+    make gpu DEVICE=cpu                            # the rehearsal without a GPU: every stage, tiny
+    make gpu-data SOURCE=<file>                    # text and GPT-2's BPE for stage 5, into gpu_data/, for a machine
+                                                   # that has no network; SOURCE as prepare_owt.py's --source
+
+Stages: 1 what the machine is and can; 2 the tests that need a GPU; 3 the kernels' candidates and the head; 4 the steps
+of bench.py at 124M; 5 study/gpt2.py in the time that is left. Each is a process with a time limit, its share of the
+minutes that are left. None stops the others: what one has measured when it fails or is killed stays, and gpu.json,
+gpu.md and log.txt are written anew after each. The status is 1 if one failed.
+"""
+
+import glob
+import json
+import os
+import platform
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from support.carry import pack
+from support.configurator import UserError, configure
+from support.unexecuted import read, unexecuted, watch
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+SCRIPTS = [f"{ROOT}/gpu.py", f"{ROOT}/study/gpt2.py"]
+
+
+@dataclass
+class Knobs:
+    out: str = "out/gpu"  # the folder for gpu.md, gpu.json, log.txt and what stage 5 leaves
+    minutes: float = 6.0  # for everything
+    stages: str = "1,2,3,4,5"
+    device: str = "cuda"  # 'cpu': the rehearsal
+    data: str = "gpu_data"  # the folder that make gpu-data writes
+    pack: str = ""  # write the text of this source to `data`, and stop
+    domain_field: str = "domain"  # of that source
+    stage: int = 0  # used by the script itself: run this stage in this process,
+    work: str = ""  # with its files here,
+    seconds: float = 0.0  # within this time
+
+    def __post_init__(self):
+        self.order = [int(stage) for stage in re.findall(r"\d+", self.stages)]
+        if self.minutes <= 0 or not self.order or not set(self.order) <= set(STAGES):
+            raise UserError(f"--minutes={self.minutes} --stages={self.stages}: expected some time, and some of 1 to 5")
+        self.cuda = self.device != "cpu"
+
+
+# 124M at the paper's batch; or what takes no time
+FULL = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, vocab_size=50304)
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, vocab_size=257)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages: functions of the knobs and of report(**figures), which keeps what is measured. They import torch
+# themselves, since the process that starts them needs none.
+
+
+def timed(run, device, repeats=10):
+    """Seconds of run(), the mean of `repeats` in a row after two that warm up."""
+    from bench import seconds
+
+    for _ in range(2):
+        run()
+    return seconds(lambda: [run() for _ in range(repeats)], device) / repeats
+
+
+def machine(knobs, report):
+    """What the machine is; how fast it copies and multiplies."""
+    import torch
+
+    versions = {name: metadata.version(name) for name in ("torch", "triton", "numpy", "tiktoken", "pyarrow")}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    report(system=platform.platform(), cores=os.cpu_count(), memory_gb=memory / 2**30)
+    report(python=platform.python_version(), **versions, cuda=str(torch.version.cuda))
+    if knobs.cuda:
+        gpu = torch.cuda.get_device_properties(knobs.device)
+        report(
+            gpu=gpu.name,
+            capability=f"{gpu.major}.{gpu.minor}",
+            multiprocessors=gpu.multi_processor_count,
+            l2_mb=gpu.L2_cache_size / 2**20,
+            memory_gb=gpu.total_memory / 2**30,
+        )
+    query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.memory,power.limit"
+    smi = ["nvidia-smi", query, "--format=csv,noheader"] if shutil.which("nvidia-smi") else ["echo", "no nvidia-smi"]
+    report(driver=subprocess.run(smi, capture_output=True, text=True).stdout.strip())
+
+    a = torch.randn(2**28 if knobs.cuda else 2**16, device=knobs.device)  # 1 GB
+    b = torch.empty_like(a)
+    report(copy_gb_per_s=2 * a.nbytes / timed(lambda: b.copy_(a), knobs.device) / 1e9, copied_mb=a.nbytes / 2**20)
+    n = 8192 if knobs.cuda else 64
+    a, b = torch.randn(2, n, n, device=knobs.device).bfloat16()
+    report(product_tflops=2 * n**3 / timed(lambda: a @ b, knobs.device) / 1e12, n=n)
+
+
+def gpu_tests(knobs, report):
+    """The tests with the mark `gpu`, which are skipped where there is none."""
+
+    def run(path):
+        """In a process of its own: after an illegal access, say, nothing works any more on the GPU in its process."""
+        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", path]
+        outcomes = Counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as tests:
+            for line in tests.stdout:
+                print(line, end="", flush=True)
+                ended, failed = re.search(r"::.* (PASSED|SKIPPED|FAILED|ERROR)", line), re.match("FAILED|ERROR", line)
+                outcomes.update(ended.groups() if ended and not failed else ())
+                for said in [line] if failed else ():
+                    report(test=said.strip())
+        report(tests=os.path.basename(path), **outcomes)
+        return tests.returncode
+
+    paths = []
+    for path in sorted(glob.glob(f"{ROOT}/tests/test_*.py")):
+        with open(path, encoding="utf-8") as file:
+            paths += [os.path.relpath(path, ROOT)] if "pytest.mark.gpu" in file.read() else []
+    with ThreadPoolExecutor(len(paths)) as pool:
+        codes = list(pool.map(run, paths))
+    if any(codes):
+        raise UserError(f"tests failed: {', '.join(path for path, code in zip(paths, codes, strict=True) if code)}")
+
+
+def candidates(knobs, report):
+    """The weight gradient's kernels beside cuBLAS, and the head beside the compiler's."""
+
+
+def steps(knobs, report):
+    """bench.py's arms at 124M, compiled, the arms that matter most first."""
+
+
+def figure2(knobs, report):
+    """GPT-2 124M: does it pay to leave out what has a negative value?"""
+    carried, bpe = f"{knobs.data}/corpus.parquet", f"{knobs.data}/tiktoken"
+    source = [f"--source={carried}", "--domain_field=domain"] if os.path.exists(carried) else ["--source=python"]
+    tokenizer = "gpt2" if os.path.isdir(bpe) else "bytes"
+    if tokenizer == "bytes":
+        print(f"{bpe}: not there, so tokens are bytes; `make gpu-data` puts GPT-2's BPE there")
+    os.environ["TIKTOKEN_CACHE_DIR"] = bpe
+    flags = [f"--tokenizer={tokenizer}", "--name=corpus", f"--data_dir={knobs.work}", f"--num_proc={os.cpu_count()}"]
+    started = time.monotonic()
+    subprocess.run([sys.executable, f"{ROOT}/prepare_owt.py", *source, *flags], check=True)
+    spent = time.monotonic() - started
+    report(source=source[0], tokenizer=tokenizer, prepare_s=spent)
+
+    minutes = (knobs.seconds - spent - 10) / 60  # ten seconds for the figure and for what takes longer than expected
+    flags = ["--dataset=corpus", f"--data_dir={knobs.work}", f"--out_dir={knobs.work}/gpt2", f"--minutes={minutes}"]
+    flags += [f"--device={knobs.device}", f"--compile={knobs.cuda and minutes > 5}"]
+    flags += [] if knobs.cuda else [f"--{key}={value}" for key, value in TINY.items()]
+    flags += [] if knobs.cuda else ["--max_iters=20", "--orders=1", "--val_batch_size=4"]
+    sys.argv = ["study/gpt2.py", *flags]
+    runpy.run_path(f"{ROOT}/study/gpt2.py", run_name="__main__")
+
+
+# Each stage and its weight: the share of the time that is left is its weight's among those of the stages that have not
+# begun. Of six minutes the last one has at least 90 s.
+STAGES = {1: (machine, 2), 2: (gpu_tests, 4), 3: (candidates, 3), 4: (steps, 6), 5: (figure2, 5)}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process that runs them
+
+
+def limit_of(stage, waiting, left):
+    """The seconds of a stage, the first of those `waiting`, of the seconds that are left."""
+    return left * STAGES[stage][1] / sum(STAGES[other][1] for other in waiting)
+
+
+def supervise(command, limit, log):
+    """Run a command for at most `limit` seconds, its output to `log` and to ours: its status, None if it was killed."""
+    end = time.monotonic() + limit
+    with open(log, "wb") as file, open(log, "rb") as written:
+        # a group of its own, so that its children end with it
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+                sys.stdout.buffer.write(written.read())
+                sys.stdout.flush()
+            return process.poll()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            sys.stdout.buffer.write(written.read())
+            sys.stdout.flush()
+
+
+def run_stage(knobs):
+    """The stage knobs.stage in this process."""
+    if not knobs.cuda:
+        watch(SCRIPTS, knobs.work)
+    with open(f"{knobs.work}/stage_{knobs.stage}.jsonl", "a", encoding="utf-8") as file:
+
+        def report(**figures):
+            file.write(json.dumps(figures) + "\n")
+            file.flush()
+            print(", ".join(f"{key} {shown(value)}" for key, value in figures.items()), flush=True)
+
+        STAGES[knobs.stage][0](knobs, report)
+
+
+def shown(value):
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown(stages):
+    """gpu.md: of each stage how it ended, a table for each kind of figures, and the last lines of a failure."""
+    lines = ["# What `make gpu` measured"]
+    for stage in stages:
+        lines += ["", f"## {stage['stage']}. {stage['what']}", "", f"{stage['status']}, {stage['seconds']:.0f} s"]
+        columns = None
+        for row in stage["figures"]:
+            if list(row) != columns:
+                columns = list(row)
+                lines += ["", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+            lines.append(f"| {' | '.join(shown(value).replace('|', '/') for value in row.values())} |")
+        lines += ["", "```", *stage["last_lines"], "```"] if stage["last_lines"] else []
+    return "\n".join(lines) + "\n"
+
+
+def keep(knobs, work, stages):
+    """Write what there is to knobs.out: six files, none above 16 MB."""
+    logs = [f"{work}/stage_{stage['stage']}.log" for stage in stages]
+    texts = {"gpu.json": json.dumps(dict(knobs=asdict(knobs), stages=stages), indent=1), "gpu.md": markdown(stages)}
+    texts["log.txt"] = "".join(f"{log}\n{lines_of(log, 2**21)}" for log in logs)
+    for name, text in texts.items():
+        with open(f"{work}/{name}", "w", encoding="utf-8") as file:
+            file.write(text)
+    study = {"metrics.json": "gpt2.json", "figure.png": "gpt2.png", "baseline/values.npz": "gpt2_values.npz"}
+    files = {f"{work}/{name}": name for name in texts} | {f"{work}/gpt2/{path}": name for path, name in study.items()}
+    for path, name in files.items():
+        if os.path.exists(path) and os.path.getsize(path) < 2**24:
+            shutil.copy(path, f"{work}/copy")  # on another file system, perhaps: whole or absent
+            shutil.move(f"{work}/copy", f"{knobs.out}/{name}")
+
+
+def lines_of(path, most):
+    """The last `most` bytes of a log as text."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()[-most:]
+
+
+def measure(knobs, work):
+    """Run the stages: a list of what they measured, one dict for each."""
+    deadline, stages = time.monotonic() + 60 * knobs.minutes, []
+    for place, stage in enumerate(knobs.order):
+        function, _ = STAGES[stage]
+        limit = limit_of(stage, knobs.order[place:], max(1.0, deadline - time.monotonic()))
+        print(f"== {stage}. {function.__doc__} (at most {limit:.0f} s)", flush=True)
+        flags = [f"--stage={stage}", f"--work={work}", f"--seconds={limit}"]
+        flags += [f"--device={knobs.device}", f"--data={os.path.abspath(knobs.data)}"]
+        started, log, figures = time.monotonic(), f"{work}/stage_{stage}.log", f"{work}/stage_{stage}.jsonl"
+        status = supervise([sys.executable, "-u", f"{ROOT}/gpu.py", *flags], limit, log)
+        said = {0: "passed", None: f"killed at its limit of {limit:.0f} s"}.get(status, f"failed with status {status}")
+        result = dict(stage=stage, what=function.__doc__, status=said, seconds=time.monotonic() - started, figures=[])
+        if os.path.exists(figures):
+            with open(figures, encoding="utf-8") as file:
+                result["figures"] = [json.loads(line) for line in file if line.endswith("\n")]
+        result["last_lines"] = lines_of(log, 4000).splitlines()[-30:] if status != 0 else []
+        stages.append(result)
+        keep(knobs, work, stages)
+    return stages
+
+
+def main():
+    knobs = configure(Knobs, sys.argv[1:])
+    if knobs.stage:
+        return run_stage(knobs)
+    if knobs.pack:
+        tree, carried = pack(knobs.pack, knobs.domain_field, knobs.data)
+        return print(f"{knobs.data}: {carried / 2**20:.1f} MiB, and {tree / 2**20:.1f} MiB of the tree: below 64 MiB")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the stage's processes
+    os.makedirs(knobs.out, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu_", ignore_cleanup_errors=True) as work:
+        executed = watch(SCRIPTS, work) if not knobs.cuda else set()
+        stages = measure(knobs, work)
+        if not knobs.cuda:
+            executed |= read(work)
+            missed = {path: unexecuted(path, executed) for path in SCRIPTS}
+            print(f"lines that this rehearsal did not execute, {sum(map(len, missed.values()))}:")
+            for path, numbers in missed.items():
+                with open(path, encoding="utf-8") as file:
+                    text = file.readlines()
+                for number in numbers:
+                    print(f"{os.path.relpath(path, ROOT)}:{number}: {text[number - 1].strip()}")
+    for stage in stages:
+        print(f"{stage['stage']}. {stage['what']} {stage['status']}, {len(stage['figures'])} lines of figures")
+    print(f"{knobs.out}/gpu.md has them all")
+    return 1 if any(stage["status"] != "passed" for stage in stages) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""A corpus and GPT-2's BPE in a folder that can be carried, with the tree, to a machine without a network."""
+
+import os
+import re
+import shutil
+import subprocess
+
+from support.configurator import UserError
+
+MOST = 64 * 2**20  # bytes of the tree and the folder together
+
+
+def pack(source, domain_field, folder):
+    """
+    Write <folder>/corpus.parquet, the text and the domain of every document of `source` (as prepare_owt.py's), and
+    <folder>/tiktoken/, the files of GPT-2's BPE: from TIKTOKEN_CACHE_DIR, or fetched. Returns the bytes of the tree and
+    of the folder. Raises UserError where they are more than MOST, or where the BPE cannot be fetched.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    import prepare_owt
+
+    knobs = prepare_owt.Knobs(source, domain_field="" if source == "python" else domain_field)
+    os.makedirs(folder, exist_ok=True)
+    schema, path = pa.schema(dict(text=pa.string(), domain=pa.string())), f"{folder}/corpus.parquet"
+    documents = prepare_owt.documents_of(knobs)
+    with parquet.ParquetWriter(f"{path}.tmp", schema, compression="zstd", compression_level=9) as file:
+        for batch in prepare_owt.batches_of(documents, characters=2**24):
+            texts = [text.encode("utf-8", "replace").decode() for text, _ in batch]  # lone surrogates
+            file.write_table(pa.table([texts, [domain for _, domain in batch]], schema=schema))
+    os.replace(f"{path}.tmp", path)
+    cache, ours = os.environ.get("TIKTOKEN_CACHE_DIR", ""), f"{folder}/tiktoken"
+    os.makedirs(ours, exist_ok=True)
+    for name in os.listdir(cache) if os.path.isdir(cache) else ():
+        if re.fullmatch("[0-9a-f]{40}", name):  # tiktoken's names
+            shutil.copy(f"{cache}/{name}", ours)
+    os.environ["TIKTOKEN_CACHE_DIR"] = ours
+    prepare_owt.get_tokenizer("gpt2")  # fetches what is not there
+    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    tree = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")
+    carried = [f"{at}/{name}" for at, _, names in os.walk(folder) for name in names]
+    tree, carried = (sum(map(os.path.getsize, filter(os.path.isfile, paths))) for paths in (tree, carried))
+    if tree + carried > MOST:
+        sizes = f"{carried / 2**20:.1f} MiB there and {tree / 2**20:.1f} MiB of the tree"
+        raise UserError(f"{folder}: {sizes} are more than {MOST // 2**20} MiB together; take a smaller SOURCE")
+    return tree, carried
