@@ -34,19 +34,21 @@ from tqdm import tqdm
 import data_value
 from data_value import (
     attach_directions,
-    load_values,
-    log_files,
     mean_gradient,
     precondition,
-    read_log,
     retreat_to_midpoint,
     set_direction,
     validation_gradient,
     weight_gradient_shapes,
-    write_log,
-    write_values,
 )
-from loader import (
+from model import GPT, GPTConfig
+from support import kernels
+from support.configurator import UserError, configure
+from support.corpus import get_tokenizer
+from support.files import atomic_write, load_torch, lock, writing
+from support.processes import average_over_ranks, how_to_resume, keep_freed_memory, processes, watch_sigterm
+from support.values import load_values, log_files, read_log, write_log, write_values
+from support.windows import (
     TEST,
     VAL,
     WindowOrder,
@@ -61,12 +63,6 @@ from loader import (
     to_device,
     training_order,
 )
-from model import GPT, GPTConfig
-from prepare_owt import get_tokenizer
-from support import kernels
-from support.configurator import UserError, configure
-from support.files import atomic_write, load_torch, lock, writing
-from support.processes import average_over_ranks, how_to_resume, keep_freed_memory, processes, watch_sigterm
 
 
 @dataclass

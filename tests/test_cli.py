@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prepare_owt
 import report
 import train
-from data_value import load_values, read_log
 from support.configurator import UserError
+from support.corpus import Tokens, checksum_of
+from support.values import load_values, read_log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = (
@@ -223,7 +224,7 @@ def test_a_token_id_beyond_the_vocabulary_is_named(home):
     tokens.tofile("data/tiny/train.bin")
     meta = json.loads((home / "data/tiny/meta.json").read_text())
     meta["splits"]["train"]["crc_sha256"] = prepare_owt.write_checksums("data/tiny/train.bin", "data/tiny/train.crc")
-    (home / "data/tiny/meta.json").write_text(json.dumps(meta | {"checksum": prepare_owt.checksum_of(meta)}))
+    (home / "data/tiny/meta.json").write_text(json.dumps(meta | {"checksum": checksum_of(meta)}))
     refused(f"{TINY} --out_dir=out/x", "train.bin: token id 60000 in window .*vocab_size = 257")
 
 
@@ -236,7 +237,7 @@ def test_the_out_dir_and_the_checkpoint_are_checked(home):
     call(train.main, f"{TINY} --out_dir=out/y --init_from=out/x/ckpt.pt")  # the weights alone: another run
     meta = json.loads((home / "data/tiny/meta.json").read_text())
     meta["fingerprint"] = "0" * 64
-    meta["checksum"] = prepare_owt.checksum_of(meta)
+    meta["checksum"] = checksum_of(meta)
     (home / "data/tiny/meta.json").write_text(json.dumps(meta))
     refused(f"{TINY} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: trained on another corpus")
     (home / "out/x/ckpt.pt").write_bytes(b"not a checkpoint")
@@ -362,14 +363,14 @@ def test_the_loader_s_thread_lives_as_long_as_the_run(home, monkeypatch):
     assert names == [[]] + [["loader_0"]] * 7
     n_windows = (os.path.getsize("data/tiny/train.bin") // 2 - 1) // 16
     damaged = train.training_order(n_windows, 1337, False, "scored", 0.0)[0].take(5 * 4, 4)[0]
-    windows = prepare_owt.Tokens.windows
+    windows = Tokens.windows
 
     def checked(self, ids, block_size):
         if self.path.endswith("train.bin") and set(ids) == set(damaged):
             raise UserError(f"{self.path}: damaged")
         return windows(self, ids, block_size)
 
-    monkeypatch.setattr(prepare_owt.Tokens, "windows", checked)
+    monkeypatch.setattr(Tokens, "windows", checked)
     names.clear()
     refused(f"{TINY} --log_interval=1 --out_dir=out/damaged", "train.bin: damaged")
     assert [line["iter"] for line in metrics("out/damaged") if "loss" in line] == [0, 1, 2, 3, 4]

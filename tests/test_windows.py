@@ -11,20 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader import (
+from prepare_owt import write_checksums
+from support.configurator import UserError
+from support.corpus import PAGE, Tokens, count_windows, open_split, sha256_of
+from support.windows import (
     TEST,
     TRAIN,
     VAL,
     WindowOrder,
-    count_windows,
     drawn_ahead,
     get_batch,
     micro_batches,
     permute,
     training_order,
 )
-from prepare_owt import PAGE, Tokens, open_split, sha256_of, write_checksums
-from support.configurator import UserError
 
 
 @settings(max_examples=60, deadline=None)

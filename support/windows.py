@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from data_value import load_values
-from prepare_owt import load_meta, open_split, window_domains
 from support.configurator import UserError
+from support.corpus import count_windows, load_meta, open_split, window_domains
+from support.values import load_values
 
 TRAIN, VAL, TEST, DROP = range(4)  # streams: sequences that know nothing of each other
 
@@ -113,10 +113,6 @@ class WindowOrder:
             taken = np.concatenate([taken, ids[accepted]])
             position += int(accepted[-1]) + 1 if len(taken) == count else count
         return taken, position
-
-
-def count_windows(data, block_size):
-    return max(0, (len(data) - 1) // block_size)
 
 
 def micro_batches(ids, batch_size, rank, world):
