@@ -19,17 +19,11 @@ loss). To second order G is taken at the midpoint of the step: `retreat_to_midpo
     dots = dot_products(model, x, y, x_val, y_val)        # (B,): nothing else is needed for a single batch
 """
 
-import glob
-import os
-
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from support.configurator import UserError
-from support.files import atomic_write, load_torch
 from support.kernels import add_samples_triton
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,140 +460,3 @@ def dot_products(model, x, y, x_val, y_val):
     _, loss = model(x, y, alpha)
     (dots,) = torch.autograd.grad(loss, alpha)
     return dots[:, 0] * len(x)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The log of dot products in a run's folder, and the values that it adds up to. A run has one column of values for each
-# kind of direction and validation set; directions of the same name are those of groups of its validation windows.
-
-LOG_SHAPES = {"iter": 1, "lr": 1, "clip": 1, "sample_id": 2, "dot_product": 3}
-
-
-def write_log(out_dir, iter_num, entries, directions=("all:sgd",)):
-    """
-    Write the steps before `iter_num` that no earlier file holds to dot_prod/dot_prod_log_iter_<iter_num>.pt:
-    `entries` is a list of {iter: int, lr: float, clip: scalar, sample_id: (B,) int64, dot_product: (B, K) float32},
-    which become tensors of one more dimension, but dot_product (k, B) where K = 1; `directions` are the K names.
-    """
-    dots = torch.stack([entry["dot_product"] for entry in entries]).float().cpu()
-    log = {
-        "iter": torch.tensor([entry["iter"] for entry in entries]),
-        "lr": torch.tensor([entry["lr"] for entry in entries], dtype=torch.float64),
-        "clip": torch.stack([torch.as_tensor(entry["clip"]) for entry in entries]).double().cpu(),
-        "sample_id": torch.stack([torch.as_tensor(entry["sample_id"]) for entry in entries]),
-        "dot_product": dots.squeeze(2),
-        "directions": list(directions),
-    }
-    with atomic_write(os.path.join(out_dir, "dot_prod", f"dot_prod_log_iter_{iter_num}.pt")) as file:
-        torch.save(log, file)
-
-
-def log_files(out_dir):
-    """The paths of a run's dot-product log in order, as {iteration in the name: path}."""
-    paths = glob.glob(os.path.join(glob.escape(out_dir), "dot_prod", "dot_prod_log_iter_*.pt"))
-    numbered = {
-        int(os.path.basename(path).removeprefix("dot_prod_log_iter_").removesuffix(".pt")): path for path in paths
-    }
-    return dict(sorted(numbered.items()))
-
-
-def read_log(out_dir):
-    """
-    A run's whole log as numpy arrays: iter, lr, clip (k,), sample_id (k, B), dot_product (k, B, K), the list of their
-    K `directions`, the `scale` (k, 1) = lr * clip / B, and the value (k, B) = scale * dot_product in nats of the first
-    column. Raises UserError where there is none, a file does not load, or an iteration is missing or there twice.
-    """
-    files = log_files(out_dir)
-    if not files:
-        raise UserError(f"{out_dir}/dot_prod: no dot-product log there; make one with --score=True --out_dir={out_dir}")
-    parts, anew = [], "train it anew in another --out_dir"
-    for path in files.values():
-        part = load_torch(path, [*LOG_SHAPES, "directions"], anew)
-        try:
-            if part["dot_product"].dim() == 2:
-                part["dot_product"] = part["dot_product"][:, :, None]
-            shape = part["dot_product"].shape  # (k, B, K), B and K the same in all files
-            fits = all(part[key].shape == shape[:dims] for key, dims in LOG_SHAPES.items())
-            parts.append(part)
-            fits &= len(shape) == 3 and shape[1:] == parts[0]["dot_product"].shape[1:]
-            fits &= part["directions"] == parts[0]["directions"] and len(part["directions"]) == shape[2]
-        except (AttributeError, TypeError):
-            fits = False
-        if not fits:
-            raise UserError(f"{path}: not a dot-product log, or of a run with another batch; {anew}")
-    log = {key: torch.cat([part[key] for part in parts]).numpy() for key in LOG_SHAPES}
-    if not np.array_equal(log["iter"], np.arange(len(log["iter"]))):
-        raise UserError(f"{out_dir}/dot_prod: iterations are missing or there twice; {anew}")
-    log["directions"] = parts[0]["directions"]
-    log["scale"] = (log["lr"] * log["clip"] / log["sample_id"].shape[1])[:, None]
-    first, *_ = columns_of(log["directions"]).values()
-    log["value"] = log["scale"] * log["dot_product"][:, :, first].mean(2, dtype=np.float64)
-    return log
-
-
-def columns_of(directions):
-    """{name: its places} for a list of names, in order of first appearance."""
-    return {name: [i for i, other in enumerate(directions) if other == name] for name in dict.fromkeys(directions)}
-
-
-def z_score(dots):
-    """(k, B) less the mean of its row, over its standard deviation; 0 where there is none, as in a batch of one."""
-    spread = dots.std(1, keepdims=True)
-    return (dots - dots.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)
-
-
-def write_values(out_dir):
-    """
-    Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,) int64,
-    and z_score (n,), the mean over visits of the value less the mean of its iteration's, over their standard
-    deviation. `columns` (C,) has the names of the run's columns. Where they are several, these are of the first, and
-    values, z_scores (n, C) of all; where their directions come in groups of validation windows, errors (n, C) are the
-    standard errors.
-    """
-    log = read_log(out_dir)
-    sample_id, where, visits = np.unique(log["sample_id"], return_inverse=True, return_counts=True)
-
-    by_visit = (log["scale"][:, :, None] * log["dot_product"]).reshape(where.size, -1)
-    sums = [np.bincount(where.ravel(), weights=one, minlength=len(sample_id)) for one in by_visit.T]
-    columns = columns_of(log["directions"])
-    groups = [np.stack([sums[k] for k in places]) for places in columns.values()]  # (groups, n) of each column
-    values, z_scores = np.stack([group.mean(0) for group in groups], 1), []
-    for places in columns.values():
-        z = z_score(log["dot_product"][:, :, places].mean(2, dtype=np.float64))
-        z_scores.append(np.bincount(where.ravel(), weights=z.ravel(), minlength=len(sample_id)) / visits)
-    z_scores = np.stack(z_scores, 1)
-    arrays = dict(sample_id=sample_id, value=values[:, 0], visits=visits, z_score=z_scores[:, 0])
-    arrays["columns"] = np.array(list(columns))
-    if len(columns) > 1:
-        arrays |= dict(values=values, z_scores=z_scores)
-    if len(groups[0]) > 1:
-        arrays["errors"] = np.stack([group.std(0, ddof=1) / len(group) ** 0.5 for group in groups], 1)
-    with atomic_write(os.path.join(out_dir, "values.npz")) as file:
-        np.savez(file, **arrays)
-
-
-def load_values(out_dir, column="", key="value"):
-    """
-    (sample_id, value, visits) of a scored run, sorted by id; the value or, as `key` says, the z_score, of `column` or
-    of the first one. Raises UserError where they are missing or damaged, or the run has no such column.
-    """
-    path = os.path.join(out_dir, "values.npz")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; a run with --score=True writes it when it reaches its max_iters")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:  # which compares every array with its CRC-32
-            sample_id, value, visits = arrays["sample_id"], arrays[key], arrays["visits"]
-            columns = list(arrays["columns"]) if "columns" in arrays else []
-            if column in columns[1:]:
-                value = arrays[f"{key}s"][:, columns.index(column)]
-        if not (sample_id.shape == value.shape == visits.shape == (sample_id.size,) and np.isfinite(value).all()):
-            raise ValueError("arrays of different lengths, or values that are not finite")
-        if sample_id.dtype != np.int64 or sample_id[:1].min(initial=0) < 0 or (np.diff(sample_id) <= 0).any():
-            raise ValueError("ids that are not in order")
-    except Exception as error:
-        raise UserError(
-            f"{path}: damaged ({type(error).__name__}: {error}); resume its run, --init_from=resume, to write it again"
-        ) from error
-    if column and column not in columns:
-        raise UserError(f"{path}: has no column '{column}', only {', '.join(columns)}; mend --filter_column")
-    return sample_id, value, visits

@@ -16,6 +16,7 @@ gpu.md and log.txt are written anew after each. The status is 1 if one failed.
 
 import glob
 import json
+import linecache
 import os
 import platform
 import re
@@ -33,7 +34,7 @@ from importlib import metadata
 
 from support.carry import pack
 from support.configurator import UserError, configure
-from support.unexecuted import read, unexecuted, watch
+from support.unexecuted import unexecuted, watch
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = [f"{ROOT}/gpu.py", f"{ROOT}/study/gpt2.py"]
@@ -199,8 +200,7 @@ def supervise(command, limit, log):
 
 def run_stage(knobs):
     """The stage knobs.stage in this process."""
-    if not knobs.cuda:
-        watch(SCRIPTS, knobs.work)
+    executed = set() if knobs.cuda else watch(SCRIPTS)
     with open(f"{knobs.work}/stage_{knobs.stage}.jsonl", "a", encoding="utf-8") as file:
 
         def report(**figures):
@@ -208,7 +208,11 @@ def run_stage(knobs):
             file.flush()
             print(", ".join(f"{key} {shown(value)}" for key, value in figures.items()), flush=True)
 
-        STAGES[knobs.stage][0](knobs, report)
+        try:
+            STAGES[knobs.stage][0](knobs, report)
+        finally:
+            with open(f"{knobs.work}/lines_{knobs.stage}.json", "w", encoding="utf-8") as lines:
+                json.dump(sorted(executed), lines)
 
 
 def shown(value):
@@ -255,6 +259,8 @@ def lines_of(path, most):
 def measure(knobs, work):
     """Run the stages: a list of what they measured, one dict for each."""
     deadline, stages = time.monotonic() + 60 * knobs.minutes, []
+    if not knobs.cuda:
+        os.environ["OMP_NUM_THREADS"] = "1"  # tiny shapes lose time by more
     for place, stage in enumerate(knobs.order):
         function, _ = STAGES[stage]
         limit = limit_of(stage, knobs.order[place:], max(1.0, deadline - time.monotonic()))
@@ -274,6 +280,16 @@ def measure(knobs, work):
     return stages
 
 
+def print_unexecuted(executed, work):
+    for path in glob.glob(f"{work}/lines_*.json"):
+        with open(path, encoding="utf-8") as file:
+            executed |= {(path, line) for path, line in json.load(file)}
+    found = [(path, line) for path in SCRIPTS for line in unexecuted(path, executed)]
+    print(f"lines that this rehearsal did not execute, {len(found)}:")
+    for path, line in found:
+        print(f"{os.path.relpath(path, ROOT)}:{line}: {linecache.getline(path, line).strip()}")
+
+
 def main():
     knobs = configure(Knobs, sys.argv[1:])
     if knobs.stage:
@@ -284,17 +300,10 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the stage's processes
     os.makedirs(knobs.out, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu_", ignore_cleanup_errors=True) as work:
-        executed = watch(SCRIPTS, work) if not knobs.cuda else set()
+        executed = set() if knobs.cuda else watch(SCRIPTS)
         stages = measure(knobs, work)
         if not knobs.cuda:
-            executed |= read(work)
-            missed = {path: unexecuted(path, executed) for path in SCRIPTS}
-            print(f"lines that this rehearsal did not execute, {sum(map(len, missed.values()))}:")
-            for path, numbers in missed.items():
-                with open(path, encoding="utf-8") as file:
-                    text = file.readlines()
-                for number in numbers:
-                    print(f"{os.path.relpath(path, ROOT)}:{number}: {text[number - 1].strip()}")
+            print_unexecuted(executed, work)
     for stage in stages:
         print(f"{stage['stage']}. {stage['what']} {stage['status']}, {len(stage['figures'])} lines of figures")
     print(f"{knobs.out}/gpu.md has them all")

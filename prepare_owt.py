@@ -18,7 +18,6 @@ import hashlib
 import io
 import itertools
 import json
-import mmap
 import os
 import sys
 import sysconfig
@@ -30,18 +29,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 from support.configurator import UserError, configure
+from support.corpus import DOCUMENT, PAGE, SPLITS, checksum_of, get_tokenizer, sha256_of
 from support.files import atomic_write
 
-SPLITS = ("train", "val", "test")
 KINDS = (".parquet", ".jsonl", ".json", ".txt")  # of files
-DOCUMENT = np.dtype([("start", "<i8"), ("domain", "<i4")])
-META = dict(name=str, source=str, tokenizer=str, vocab_size=int, eot_token=int, seed=int, val_fraction=float)
-META |= dict(test_fraction=float, domains=list, splits=dict, fingerprint=str)
-PAGE = 4096  # bytes of a .bin that have a checksum: a window is read with one or two pages, and 1 in 1,000 is added
 
 
 @dataclass
@@ -71,19 +65,6 @@ class Knobs:
         self.name = self.name or (base if extension in KINDS else base + extension)  # a hub id may have dots
         if glob.has_magic(self.name):
             raise UserError(f"--source={self.source}: give the corpus a name, --name=<folder in {self.data_dir}>")
-
-
-def get_tokenizer(name):
-    """'gpt2' or 'bytes', the 256 bytes and an end-of-text token, as a tiktoken.Encoding."""
-    if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        special = {"<|endoftext|>": 256}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except OSError as error:
-        mend = "set TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer=bytes"
-        raise UserError(f"GPT-2's BPE files could not be fetched ({type(error).__name__}); {mend}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,20 +351,6 @@ def write_checksums(bin_path, crc_path):
     return sha256_of(crc_path)
 
 
-def sha256_of(path):
-    """The sha256 of a file, '' of none."""
-    if not os.path.isfile(path):
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def checksum_of(meta):
-    """The sha256 of everything that meta.json says but the checksum."""
-    said = {key: value for key, value in meta.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
 def main():
     knobs = configure(Knobs, sys.argv[1:])
     tokenizer = get_tokenizer(knobs.tokenizer)
@@ -411,137 +378,6 @@ def main():
         f"{folder}: ready for --dataset={knobs.name}"
         + (f" --data_dir={knobs.data_dir}" if knobs.data_dir != "data" else "")
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading, for train.py and report.py
-
-
-def load_meta(folder):
-    """meta.json of a corpus as a dict. Raises UserError where it is missing, damaged or of another kind."""
-    path = os.path.join(folder, "meta.json")
-    name = os.path.basename(os.path.normpath(folder))
-    if not os.path.isfile(path):
-        flags = {"openwebtext": "", "python": " --source=python"}.get(name, f" --name={name} --source=<...>")
-        raise UserError(f"{path}: no such file, so there is no whole corpus; make it with python prepare_owt.py{flags}")
-    try:
-        with open(path, encoding="utf-8") as file:
-            meta = json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); prepare the corpus again") from error
-    for key, kind in META.items():
-        if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
-            found = repr(meta.get(key)) if isinstance(meta, dict) else repr(meta)
-            raise UserError(f"{path}: {key} = {found:.80}, expected {kind.__name__}; prepare the corpus again")
-    if meta["tokenizer"] not in ("gpt2", "bytes") or {type(name) for name in meta["domains"]} != {str}:
-        raise UserError(f"{path}: an unknown tokenizer, or domains that are no names; prepare the corpus again")
-    for split in SPLITS:
-        part = meta["splits"].get(split)
-        sizes = [part.get(key) for key in ("tokens", "documents")] if isinstance(part, dict) else [None]
-        if not all(type(size) is int and 0 <= size < 2**60 for size in sizes):
-            raise UserError(
-                f"{path}: splits.{split} = {part!r:.80}, expected its tokens and documents; prepare it again"
-            )
-    if meta.get("checksum") != checksum_of(meta):
-        raise UserError(f"{path}: damaged or edited by hand, its checksum differs; prepare the corpus again")
-    return meta
-
-
-def open_split(folder, split, meta):
-    """The Tokens of a split. Raises UserError where a file is missing or of another length."""
-    path = os.path.join(folder, f"{split}.bin")
-    size = 2 * meta["splits"][split]["tokens"]
-    _check_size(path, size)
-    if sha256_of(f"{path[:-4]}.crc") != meta["splits"][split].get("crc_sha256"):
-        raise UserError(f"{path[:-4]}.crc: missing, damaged or of another corpus; prepare the corpus again")
-    return Tokens(path)
-
-
-class Tokens:
-    """
-    The uint16 tokens of a .bin, mapped and not read; what is read is compared with its checksums, so that a start
-    reads a thousandth of the file and no damaged token is used.
-    """
-
-    def __init__(self, path):
-        self.path = path
-        self.bytes = np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.empty(0, np.uint8)
-        self.checksums = np.memmap(f"{path[:-4]}.crc", dtype="<u4", mode="r") if len(self.bytes) else None
-        if len(self.bytes) and hasattr(mmap, "MADV_RANDOM"):
-            # a window here, a window there: reading ahead would read megabytes for each
-            self.bytes.base.madvise(mmap.MADV_RANDOM)
-
-    def __len__(self):
-        return len(self.bytes) // 2
-
-    def windows(self, ids, block_size):
-        """
-        The tokens [i*T, i*T + T] of every window i in `ids`, (k,) -> (k, T + 1) uint16. Raises UserError where one of
-        them is damaged.
-        """
-        first = ids * (2 * block_size)  # in bytes
-        last = first + 2 * block_size + 1
-        for page in {page for a, b in zip(first // PAGE, last // PAGE, strict=True) for page in range(a, b + 1)}:
-            if zlib.crc32(self.bytes[page * PAGE : (page + 1) * PAGE]) != self.checksums[page]:
-                found = f"the bytes from {page * PAGE:,} on are damaged, as their checksum says"
-                raise UserError(f"{self.path}: {found}; prepare the corpus again with prepare_owt.py")
-        return self.bytes.view("<u2")[ids[:, None] * block_size + np.arange(block_size + 1)]
-
-
-def _check_size(path, expected):
-    found = os.path.getsize(path) if os.path.isfile(path) else None
-    if found != expected:
-        what = "missing" if found is None else f"truncated or of another corpus: {found:,} bytes"
-        raise UserError(f"{path}: {what}, meta.json says {expected:,}; prepare the corpus again with prepare_owt.py")
-
-
-def window_domains(folder, split, ids, block_size, meta):
-    """
-    The domain of each window, (k,) indices into meta['domains']: the one that most of the tokens i*T .. i*T + T of
-    window i belong to, the first of them where there are several. Memory follows the documents that these windows
-    touch. Raises UserError where <split>_docs.npy does not fit meta.json.
-    """
-    path = os.path.join(folder, f"{split}_docs.npy")
-    part = meta["splits"][split]
-    fits = sha256_of(path) == part.get("docs_sha256")
-    if fits:  # np.load's own errors come in many types, and cannot come now
-        documents = np.load(path, mmap_mode="r", allow_pickle=False)
-        fits = documents.dtype == DOCUMENT and len(documents) == part["documents"]
-    if not fits:
-        raise UserError(f"{path}: missing, damaged or of another corpus; prepare the corpus again with prepare_owt.py")
-    ids = np.asarray(ids, dtype=np.int64)
-    starts, n_domains = documents["start"], len(meta["domains"])
-    first, last = _document_of(starts, ids * block_size), _document_of(starts, (ids + 1) * block_size)
-    touched = last - first + 1
-    window = np.repeat(np.arange(len(ids)), touched)  # one entry per window and document that it touches
-    document = np.arange(len(window)) + np.repeat(first - (np.cumsum(touched) - touched), touched)
-    begin = np.maximum(starts[document], ids[window] * block_size)
-    end = (ids[window] + 1) * block_size + 1
-    inner = document < last[window]  # it ends inside the window
-    end[inner] = starts[document[inner] + 1]
-    domain = documents["domain"][document]
-    if domain.max(initial=0) >= n_domains:
-        raise UserError(
-            f"{path}: has domain {domain.max()}, meta.json has {n_domains} domains; prepare the corpus again"
-        )
-    pairs, where = np.unique(window * n_domains + domain, return_inverse=True)
-    tokens = np.bincount(where, weights=end - begin)
-    window, domain = np.divmod(pairs, n_domains)
-    order = np.lexsort((-tokens, window))  # stable: of equals, the first domain
-    return domain[order][np.searchsorted(window, np.arange(len(ids)))]
-
-
-def _document_of(starts, tokens):
-    """
-    searchsorted(starts, tokens, side='right') - 1 by bisection: numpy's own copies the column, unaligned in its file,
-    into memory whole.
-    """
-    low, high = np.zeros_like(tokens), np.full_like(tokens, len(starts))
-    for _ in range(len(starts).bit_length()):
-        middle = (low + high) // 2
-        before = starts[middle] <= tokens
-        low, high = np.where(before, middle, low), np.where(before, high, middle)
-    return low
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.patches import Patch
 
-from data_value import columns_of, load_values, read_log
-from prepare_owt import get_tokenizer, load_meta, open_split, window_domains
 from support.configurator import UserError
+from support.corpus import get_tokenizer, load_meta, open_split, window_domains
 from support.files import atomic_write
+from support.values import columns_of, load_values, read_log
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs, and groups of runs that differ only in their seed.

@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -34,36 +34,35 @@ from tqdm import tqdm
 import data_value
 from data_value import (
     attach_directions,
-    load_values,
-    log_files,
     mean_gradient,
     precondition,
-    read_log,
     retreat_to_midpoint,
     set_direction,
     validation_gradient,
     weight_gradient_shapes,
-    write_log,
-    write_values,
 )
-from loader import (
+from model import GPT, GPTConfig
+from support import kernels
+from support.configurator import UserError, configure
+from support.corpus import get_tokenizer
+from support.files import atomic_write, load_torch, lock, writing
+from support.processes import average_over_ranks, how_to_resume, keep_freed_memory, processes, watch_sigterm
+from support.values import load_values, log_files, read_log, write_log, write_values
+from support.windows import (
     TEST,
     VAL,
     WindowOrder,
+    drawn_ahead,
     get_batch,
     hash_of,
     load_corpus,
     load_filter,
     micro_batches,
     open_sets,
+    read_windows,
+    to_device,
     training_order,
 )
-from model import GPT, GPTConfig
-from prepare_owt import get_tokenizer
-from support import kernels
-from support.configurator import UserError, configure
-from support.files import atomic_write, load_torch, lock, writing
-from support.processes import average_over_ranks, how_to_resume, keep_freed_memory, processes, watch_sigterm
 
 
 @dataclass
@@ -481,14 +480,21 @@ def train(knobs, rank, world, stack):
                     set_direction(buffers, gradient, adamw, k, stepped, without, mean, compiled_precondition)
                     k += 1
 
-    def forward(net, step, ids, scored):
+    def draw(position):
+        """The next iteration: the position behind it, its windows' ids, and those of this rank on the host."""
+        ids, position = order.take(position, B)
+        how = knobs.block_size, model.config.vocab_size, knobs.device
+        mine = micro_batches(ids, knobs.batch_size, rank, world)
+        return position, ids, [(step, read_windows(data["train"], micro_ids, *how)) for step, micro_ids in mine]
+
+    def forward(net, step, windows, scored):
         """The loss of a micro-batch as its part of the rank's, and its alpha if it is scored."""
         size = knobs.batch_size, len(directions)
         alpha = torch.zeros(size, device=knobs.device, requires_grad=True) if scored else None
         if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
             torch.manual_seed(hash_of(knobs.seed, iter_num, step))
         with autocast:
-            return net(*batch(data["train"], ids), alpha)[1] / micro_steps, alpha
+            return net(*to_device(windows, knobs.device), alpha)[1] / micro_steps, alpha
 
     def note(*numbers):
         """The first numbers of which one is not finite, on any process, stay in `bad`."""
@@ -580,6 +586,7 @@ def train(knobs, rank, world, stack):
 
     # training
     model.train()
+    batches = stack.enter_context(closing(drawn_ahead(draw, position, knobs.device)))
     lr = 0.0
     val_loss = torch.zeros((), device=knobs.device)
     val_ms, untimed = 0.0, True  # of validation gradients, an iteration's share; timed once for each printed line
@@ -625,13 +632,12 @@ def train(knobs, rank, world, stack):
             set_directions()
 
         # forward and backward; the gradient of alpha is the dot products
-        ids, position = order.take(position, B)
+        position, ids, micro = next(batches)
         mean_loss, dots = 0.0, []
-        micro = micro_batches(ids, knobs.batch_size, rank, world)
-        for step, micro_ids in micro:
+        for step, windows in micro:
             if world > 1:
                 net.require_backward_grad_sync = step == micro[-1][0]
-            loss, alpha = forward(net, step, micro_ids, knobs.score and knobs.value_order == 1)
+            loss, alpha = forward(net, step, windows, knobs.score and knobs.value_order == 1)
             loss.backward()
             mean_loss = mean_loss + loss.detach()
             if alpha is not None:
@@ -655,8 +661,8 @@ def train(knobs, rank, world, stack):
             set_directions(stepped=True)
             with torch.no_grad():
                 torch._foreach_copy_(params, theta)
-            for step, micro_ids in micro:
-                loss, alpha = forward(compiled, step, micro_ids, True)
+            for step, windows in micro:
+                loss, alpha = forward(compiled, step, windows, True)
                 dots.append(torch.autograd.grad(loss, alpha)[0] * (knobs.batch_size * micro_steps))
             with torch.no_grad():
                 torch._foreach_copy_(params, stepped)

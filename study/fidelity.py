@@ -28,10 +28,14 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
 from data_value import attach_directions, retreat_to_midpoint, set_direction, validation_gradient  # noqa: E402
-from loader import TRAIN, VAL, WindowOrder, count_windows, get_batch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from prepare_owt import load_meta, open_split  # noqa: E402
 from study import T, train  # noqa: E402
+from support.corpus import (  # noqa: E402
+    count_windows,  # noqa: E402
+    load_meta,
+    open_split,
+)
+from support.windows import TRAIN, VAL, WindowOrder, get_batch  # noqa: E402
 
 B, M, BATCHES = 8, 16, 6
 BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0

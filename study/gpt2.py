@@ -33,9 +33,9 @@ sys.path[:0] = [ROOT, HERE]
 
 from tables import interval  # noqa: E402
 
-from data_value import load_values  # noqa: E402
 from report import read_run  # noqa: E402
 from support.configurator import UserError, configure  # noqa: E402
+from support.values import load_values  # noqa: E402
 
 
 @dataclass
@@ -74,7 +74,7 @@ NEW_ARM = dict(score=False, filter_pool="scored", checkpoint_interval=10**9, log
 
 
 def train(knobs, folder, **flags):
-    """A run of train.py, gone on with where it was interrupted: the seconds it took. Raises UserError where it fails."""
+    """A run of train.py, gone on with where it was interrupted: its seconds. Raises UserError where it fails."""
     flags = {key: getattr(knobs, key) for key in SHAPE} | flags | dict(out_dir=folder)
     if os.path.exists(f"{folder}/ckpt.pt"):
         flags["init_from"] = "resume"

@@ -29,21 +29,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-from data_value import columns_of, load_values, read_log, z_score  # noqa: E402
-from loader import mix  # noqa: E402
-from prepare_owt import (  # noqa: E402
-    Knobs,
-    checksum_of,
-    documents_of,
-    load_meta,
-    open_split,
-    sha256_of,
-    window_domains,
-    write_checksums,
-)
+from prepare_owt import Knobs, documents_of, write_checksums  # noqa: E402
 from report import read_run  # noqa: E402
 from support.configurator import UserError  # noqa: E402
+from support.corpus import checksum_of, load_meta, open_split, sha256_of, window_domains  # noqa: E402
 from support.files import atomic_write  # noqa: E402
+from support.values import columns_of, load_values, read_log, z_score  # noqa: E402
+from support.windows import mix  # noqa: E402
 
 T = 64
 # the centre: AdamW, 32 windows of 64 bytes an iteration, m = 16 validation windows redrawn every iteration

@@ -1,27 +1,18 @@
 """Which lines of a script's functions no process has executed: those are the lines that may fail at their first use."""
 
-import atexit
-import json
 import os
 import sys
 import types
 
 
-def watch(paths, folder):
-    """From now on note the lines of `paths` that this process executes; at its end they go to a file in `folder`."""
+def watch(paths):
+    """From now on note the lines of `paths` that this process executes: a set that grows, of (path, line)."""
     paths, executed = set(map(os.path.abspath, paths)), set()
 
     def in_file(frame, event, argument):
-        if event == "line":
-            executed.add((frame.f_code.co_filename, frame.f_lineno))
+        executed.add((frame.f_code.co_filename, frame.f_lineno))
         return in_file
 
-    def write():
-        sys.settrace(None)
-        with open(f"{folder}/lines_{os.getpid()}.json", "w", encoding="utf-8") as file:
-            json.dump(sorted(executed), file)
-
-    atexit.register(write)
     sys.settrace(lambda frame, event, argument: in_file if frame.f_code.co_filename in paths else None)
     return executed
 
@@ -37,13 +28,3 @@ def unexecuted(path, executed):
         if code.co_flags & 2:  # of a function: the lines of modules and classes run at import
             lines |= {line for *_, line in code.co_lines() if line and line > code.co_firstlineno}
     return sorted(line for line in lines if (path, line) not in executed)
-
-
-def read(folder):
-    """What the processes that have ended wrote to `folder`."""
-    executed = set()
-    for name in os.listdir(folder):
-        if name.startswith("lines_"):
-            with open(f"{folder}/{name}", encoding="utf-8") as file:
-                executed |= set(map(tuple, json.load(file)))
-    return executed

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prepare_owt
 import report
 import train
-from data_value import load_values, read_log
+from support.configurator import UserError
+from support.corpus import Tokens, checksum_of
+from support.values import load_values, read_log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = (
@@ -221,7 +224,7 @@ def test_a_token_id_beyond_the_vocabulary_is_named(home):
     tokens.tofile("data/tiny/train.bin")
     meta = json.loads((home / "data/tiny/meta.json").read_text())
     meta["splits"]["train"]["crc_sha256"] = prepare_owt.write_checksums("data/tiny/train.bin", "data/tiny/train.crc")
-    (home / "data/tiny/meta.json").write_text(json.dumps(meta | {"checksum": prepare_owt.checksum_of(meta)}))
+    (home / "data/tiny/meta.json").write_text(json.dumps(meta | {"checksum": checksum_of(meta)}))
     refused(f"{TINY} --out_dir=out/x", "train.bin: token id 60000 in window .*vocab_size = 257")
 
 
@@ -234,7 +237,7 @@ def test_the_out_dir_and_the_checkpoint_are_checked(home):
     call(train.main, f"{TINY} --out_dir=out/y --init_from=out/x/ckpt.pt")  # the weights alone: another run
     meta = json.loads((home / "data/tiny/meta.json").read_text())
     meta["fingerprint"] = "0" * 64
-    meta["checksum"] = prepare_owt.checksum_of(meta)
+    meta["checksum"] = checksum_of(meta)
     (home / "data/tiny/meta.json").write_text(json.dumps(meta))
     refused(f"{TINY} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: trained on another corpus")
     (home / "out/x/ckpt.pt").write_bytes(b"not a checkpoint")
@@ -324,3 +327,51 @@ def test_a_step_reads_nothing_from_its_device(home, monkeypatch, flags):
         counts.append((numbers.count, len(read)))
     assert counts[0] == counts[1]
     assert min(counts[0]) > 0, "nothing is counted"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", ["", "--score=True --val_average=4", "--score=True --value_order=2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_on_a_gpu_does_not_wait(home, monkeypatch, flags, dtype):
+    """The steps 4 to 11 neither report nor evaluate. Each begins with its learning rate; the next one ends it."""
+    get_lr, watched = train.get_lr, []
+
+    def watching(it, knobs):
+        torch.cuda.set_sync_debug_mode("error" if 4 <= it < 12 else "default")
+        watched.append(torch.cuda.get_sync_debug_mode())
+        return get_lr(it, knobs)
+
+    monkeypatch.setattr(train, "get_lr", watching)
+    quiet = "--device=cuda --max_iters=14 --log_interval=100 --eval_interval=100 --checkpoint_interval=100"
+    try:
+        call(train.main, f"{TINY} {quiet} --dtype={dtype} --val_batch_size=4 {flags} --out_dir=out/x")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watched[4:12] == [2] * 8 and watched[12] == 0
+
+
+def test_the_loader_s_thread_lives_as_long_as_the_run(home, monkeypatch):
+    """A window of iteration 5 is damaged: the run stops there, not before, and its thread is gone."""
+    names, get_lr = [], train.get_lr
+
+    def watching(it, knobs):
+        names.append([thread.name for thread in threading.enumerate() if thread.name.startswith("loader")])
+        return get_lr(it, knobs)
+
+    monkeypatch.setattr(train, "get_lr", watching)
+    call(train.main, f"{TINY} --out_dir=out/whole")
+    assert names == [[]] + [["loader_0"]] * 7
+    n_windows = (os.path.getsize("data/tiny/train.bin") // 2 - 1) // 16
+    damaged = train.training_order(n_windows, 1337, False, "scored", 0.0)[0].take(5 * 4, 4)[0]
+    windows = Tokens.windows
+
+    def checked(self, ids, block_size):
+        if self.path.endswith("train.bin") and set(ids) == set(damaged):
+            raise UserError(f"{self.path}: damaged")
+        return windows(self, ids, block_size)
+
+    monkeypatch.setattr(Tokens, "windows", checked)
+    names.clear()
+    refused(f"{TINY} --log_interval=1 --out_dir=out/damaged", "train.bin: damaged")
+    assert [line["iter"] for line in metrics("out/damaged") if "loss" in line] == [0, 1, 2, 3, 4]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]

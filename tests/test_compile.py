@@ -12,8 +12,9 @@ import torch
 from test_cli import TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import train
-from data_value import attach_directions, precondition, read_log, set_direction, validation_gradient
+from data_value import attach_directions, precondition, set_direction, validation_gradient
 from model import GPT, GPTConfig
+from support.values import read_log
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 

@@ -14,18 +14,11 @@ from test_cli import TINY, call, corpus, home, metrics  # noqa: F401 (fixtures)
 from test_dots import brute_force, relative_error, tokens, trained_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import prepare_owt
 import train
-from data_value import (
-    attach_directions,
-    load_values,
-    mean_gradient,
-    read_log,
-    retreat_to_midpoint,
-    set_direction,
-    validation_gradient,
-)
+from data_value import attach_directions, mean_gradient, retreat_to_midpoint, set_direction, validation_gradient
 from model import GPT, GPTConfig
+from support.corpus import checksum_of, load_meta
+from support.values import load_values, read_log
 
 SHAPE = dict(block_size=8, vocab_size=23, n_layer=2, n_head=2, n_embd=12)
 
@@ -291,9 +284,9 @@ def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # no
     flags = f"{SCORED} --val_sets=other --out_dir=out/x"
     call(train.main, f"{flags} --max_iters=3")
     with open("out/x/config.json", encoding="utf-8") as file:
-        assert json.load(file)["val_sets"] == dict(other=prepare_owt.load_meta("data/tiny")["fingerprint"])
-    meta = prepare_owt.load_meta("data/other") | dict(fingerprint="another")
-    meta["checksum"] = prepare_owt.checksum_of(meta)
+        assert json.load(file)["val_sets"] == dict(other=load_meta("data/tiny")["fingerprint"])
+    meta = load_meta("data/other") | dict(fingerprint="another")
+    meta["checksum"] = checksum_of(meta)
     with open("data/other/meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file)
     with pytest.raises(SystemExit, match="--val_sets=other: other is another corpus than out/x/ckpt.pt began with"):
@@ -324,8 +317,8 @@ def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # no
 def test_what_a_user_may_get_wrong(home, flags, message):  # noqa: F811
     if "pieces" in flags:
         shutil.copytree("data/tiny", "data/pieces")
-        meta = prepare_owt.load_meta("data/pieces") | dict(tokenizer="gpt2")
-        meta["checksum"] = prepare_owt.checksum_of(meta)
+        meta = load_meta("data/pieces") | dict(tokenizer="gpt2")
+        meta["checksum"] = checksum_of(meta)
         with open("data/pieces/meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file)
     with pytest.raises(SystemExit, match=message):

@@ -11,11 +11,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_owt
-from prepare_owt import DOCUMENT, SPLITS, encode, get_tokenizer, load_meta, open_split, window_domains
+from prepare_owt import SPLITS, encode
+from support.corpus import DOCUMENT, get_tokenizer, load_meta, open_split, window_domains
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared")
@@ -300,7 +302,7 @@ def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--source=some/set: .*ConnectionError: no route to the hub") as error:
         prepare(monkeypatch, "--source=some/set", "--tokenizer=bytes", f"--data_dir={tmp_path}")
     assert "\n" not in str(error.value) and not os.path.exists(tmp_path / "set")
-    monkeypatch.setattr(prepare_owt.tiktoken, "get_encoding", unreachable)
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     with pytest.raises(SystemExit, match="GPT-2's BPE files .* set TIKTOKEN_CACHE_DIR"):
         get_tokenizer("gpt2")
 

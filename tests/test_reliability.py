@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_cli import ROOT, TINY, call, corpus, home, metrics, refused  # noqa: F401 (fixtures)
 
-import prepare_owt
 import train
-from data_value import load_values, read_log
 from model import GPT
 from support.configurator import UserError
+from support.corpus import checksum_of, get_tokenizer, load_meta, open_split, window_domains
 from support.files import load_torch
+from support.values import load_values, read_log
 
 SCORED = f"{TINY} --score=True --val_batch_size=3 --value_direction=adam"
 
@@ -198,12 +198,12 @@ def finished(corpus, tmp_path_factory):  # noqa: F811
 
 
 def read_docs(folder):
-    meta = prepare_owt.load_meta(f"{folder}/data/tiny")
-    return prepare_owt.window_domains(f"{folder}/data/tiny", "train", np.arange(9), 16, meta)
+    meta = load_meta(f"{folder}/data/tiny")
+    return window_domains(f"{folder}/data/tiny", "train", np.arange(9), 16, meta)
 
 
 def read_tokens(folder):
-    tokens = prepare_owt.open_split(f"{folder}/data/tiny", "train", prepare_owt.load_meta(f"{folder}/data/tiny"))
+    tokens = open_split(f"{folder}/data/tiny", "train", load_meta(f"{folder}/data/tiny"))
     return tokens.windows(np.array([0]), len(tokens) - 1)
 
 
@@ -214,7 +214,7 @@ READERS = {
     "data/tiny/train.bin": read_tokens,
     "data/tiny/train.crc": read_tokens,
     "data/tiny/train_docs.npy": read_docs,
-    "data/tiny/meta.json": lambda folder: prepare_owt.load_meta(f"{folder}/data/tiny"),
+    "data/tiny/meta.json": lambda folder: load_meta(f"{folder}/data/tiny"),
 }
 
 
@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_names_its_window(home, monkeypatch, scored): 
     with pytest.raises(SystemExit) as error:
         call(train.main, resumed)
     message = str(error.value)
-    text = prepare_owt.get_tokenizer("bytes").decode(tokens[bad * 16 : bad * 16 + 17].tolist())
+    text = get_tokenizer("bytes").decode(tokens[bad * 16 : bad * 16 + 17].tolist())
     assert "iteration 40: not every number is finite (loss nan, gradient norm nan" in message
     assert f"its train windows are {', '.join(map(str, ids))}; the worst of them, {bad}, with a loss of nan" in message
     assert repr(text) in message and "\n" not in message
@@ -448,13 +448,13 @@ def test_any_meta_json_is_taken_or_refused_in_one_line(finished, data):
     target = meta if key in meta else meta["splits"]["train"]
     target[key] = data.draw(json_values)
     if key != "checksum":
-        meta["checksum"] = prepare_owt.checksum_of(meta)
+        meta["checksum"] = checksum_of(meta)
     try:
         with open(f"{folder}/meta.json", "w", encoding="utf-8") as file:
             file.write(json.dumps(meta))
-        tokens = prepare_owt.open_split(folder, "train", prepare_owt.load_meta(folder))
+        tokens = open_split(folder, "train", load_meta(folder))
         assert tokens.windows(np.array([1]), 16).shape == (1, 17)
-        prepare_owt.window_domains(folder, "train", np.array([1]), 16, meta)
+        window_domains(folder, "train", np.array([1]), 16, meta)
     except UserError as error:
         assert "tiny" in str(error) and "\n" not in str(error)
     finally:

@@ -10,9 +10,10 @@ import tiktoken
 import torch
 
 import report
-from data_value import write_values
-from prepare_owt import Tokens, write_checksums
+from prepare_owt import write_checksums
 from support.configurator import UserError
+from support.corpus import Tokens
+from support.values import write_values
 
 KNOBS = dict(
     init_from="scratch",

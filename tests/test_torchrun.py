@@ -15,7 +15,7 @@ from test_cli import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 from test_reliability import resume, same_run
 
 import train
-from data_value import load_values, read_log
+from support.values import load_values, read_log
 
 FLAGS = f"{TINY} --score=True --batch_size=1 --gradient_accumulation_steps=4 --eval_iters=10 --dropout=0.1"
 # three validation windows: with four processes, one has none. SGD: AdamW would blow up the rounding of zero gradients

@@ -6,16 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_value import (
-    attach_directions,
-    load_values,
-    read_log,
-    set_direction,
-    validation_gradient,
-    write_log,
-    write_values,
-)
+from data_value import attach_directions, set_direction, validation_gradient
 from model import GPT, GPTConfig
+from support.values import load_values, read_log, write_log, write_values
 
 V, T = 17, 8
 

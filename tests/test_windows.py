@@ -1,5 +1,6 @@
 """The order of the windows: every eligible one once an epoch, wherever one starts, whatever is rejected."""
 
+import threading
 import time
 import tracemalloc
 import zlib
@@ -10,8 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader import TEST, TRAIN, VAL, WindowOrder, count_windows, get_batch, micro_batches, permute, training_order
-from prepare_owt import PAGE, Tokens, open_split, sha256_of, write_checksums
+from prepare_owt import write_checksums
+from support.configurator import UserError
+from support.corpus import PAGE, Tokens, count_windows, open_split, sha256_of
+from support.windows import (
+    TEST,
+    TRAIN,
+    VAL,
+    WindowOrder,
+    drawn_ahead,
+    get_batch,
+    micro_batches,
+    permute,
+    training_order,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,3 +205,43 @@ def test_ranks_share_every_batch_whatever_their_number_and_wherever_a_run_was_re
     seen, eligible = np.concatenate(seen), sample_id[value >= 0]
     for epoch in range(len(seen) // len(eligible)):
         assert np.array_equal(np.sort(seen[epoch * len(eligible) :][: len(eligible)]), eligible)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The thread that draws ahead
+
+
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_the_next_batch_is_drawn_while_the_caller_works_with_this_one():
+    drawn, released = [], threading.Event()
+
+    def draw(position):
+        if position == 2:
+            assert released.wait(10)  # the caller has the batch of position 1 and goes on
+        drawn.append(position)
+        return position + 1, f"batch {position}"
+
+    batches = drawn_ahead(draw, 0, "cpu")
+    assert [next(batches), next(batches)] == [(1, "batch 0"), (2, "batch 1")]
+    assert drawn == [0, 1]
+    released.set()
+    assert next(batches) == (3, "batch 2")
+    batches.close()
+    assert drawn in ([0, 1, 2], [0, 1, 2, 3]) and not loader_threads()
+
+
+def test_what_the_thread_raises_is_raised_when_its_turn_comes_and_ends_it():
+    def draw(position):
+        if position == 1:
+            raise UserError("window 7 is damaged")
+        return position + 1, None
+
+    batches = drawn_ahead(draw, 0, "cpu")
+    next(batches)
+    assert loader_threads()
+    with pytest.raises(UserError, match="window 7"):
+        next(batches)
+    assert not loader_threads()

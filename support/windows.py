@@ -10,13 +10,14 @@ its position.
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from data_value import load_values
-from prepare_owt import load_meta, open_split, window_domains
 from support.configurator import UserError
+from support.corpus import count_windows, load_meta, open_split, window_domains
+from support.values import load_values
 
 TRAIN, VAL, TEST, DROP = range(4)  # streams: sequences that know nothing of each other
 
@@ -114,10 +115,6 @@ class WindowOrder:
         return taken, position
 
 
-def count_windows(data, block_size):
-    return max(0, (len(data) - 1) // block_size)
-
-
 def micro_batches(ids, batch_size, rank, world):
     """
     The share of rank `rank` of `world` in the global batch `ids`, (B,): a list of (number, ids (batch_size,)), the
@@ -128,10 +125,10 @@ def micro_batches(ids, batch_size, rank, world):
     return [(n, ids[n * batch_size : (n + 1) * batch_size]) for n in mine]
 
 
-def get_batch(data, ids, block_size, vocab_size, device):
+def read_windows(data, ids, block_size, vocab_size, device):
     """
-    The windows `ids`, (k,), of the Tokens `data`: x, y, (k, T) int64 on `device`. Raises UserError for a token id
-    that the model has no embedding for.
+    The windows `ids`, (k,), of the Tokens `data` as (k, T + 1) int64 on the host, in memory from which a GPU `device`
+    copies by itself. Raises UserError for a token id that the model has no embedding for.
     """
     windows = data.windows(ids, block_size)
     if windows.max(initial=0) >= vocab_size:
@@ -140,9 +137,34 @@ def get_batch(data, ids, block_size, vocab_size, device):
             f"{data.path}: {found}, but vocab_size = {vocab_size}; prepare the corpus again or raise --vocab_size"
         )
     windows = torch.from_numpy(windows.astype(np.int64))
-    if torch.device(device).type == "cuda":
-        windows = windows.pin_memory().to(device, non_blocking=True)
+    return windows.pin_memory() if torch.device(device).type == "cuda" else windows
+
+
+def to_device(windows, device):
+    """(k, T + 1) on the host -> x, y, (k, T), on `device`; a copy to a GPU is not waited for."""
+    windows = windows.to(device, non_blocking=True)
     return windows[:, :-1], windows[:, 1:]
+
+
+def get_batch(data, ids, block_size, vocab_size, device):
+    """The windows `ids`, (k,), of the Tokens `data`: x, y, (k, T) int64 on `device`; raises as read_windows does."""
+    return to_device(read_windows(data, ids, block_size, vocab_size, device), device)
+
+
+def drawn_ahead(draw, position, device):
+    """
+    A generator of draw(position), draw(the position that this returned), ...: a thread draws each one while the caller
+    works with the one before. `draw` returns a tuple that begins with the next position. What it raises is raised when
+    its turn comes. The thread ends when the generator is closed.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    choose_gpu = (torch.cuda.set_device, (device,)) if on_gpu else ()  # a thread begins on the first one
+    with ThreadPoolExecutor(1, "loader", *choose_gpu) as thread:
+        coming = thread.submit(draw, position)
+        while True:
+            drawn = coming.result()
+            coming = thread.submit(draw, drawn[0])
+            yield drawn
 
 
 def load_corpus(knobs):
