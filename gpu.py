@@ -16,13 +16,14 @@ gpu.md and log.txt are written anew after each. The status is 1 if one failed.
 
 import glob
 import json
-import linecache
+import math
 import os
 import platform
 import re
 import runpy
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from importlib import metadata
 
 from support.carry import pack
 from support.configurator import UserError, configure
-from support.unexecuted import unexecuted, watch
+from support.unexecuted import print_unexecuted, watch
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = [f"{ROOT}/gpu.py", f"{ROOT}/study/gpt2.py"]
@@ -139,7 +140,67 @@ def candidates(knobs, report):
 
 
 def steps(knobs, report):
-    """bench.py's arms at 124M, compiled, the arms that matter most first."""
+    """bench.py's arms at 124M, compiled, those that matter most first."""
+    import torch
+
+    import bench
+
+    cuda, gpu = knobs.cuda, torch.cuda.get_device_name() if knobs.cuda else ""
+    options = dict(val_batch_size=4, dtype="bfloat16", compile=cuda, device=knobs.device, rounds=7 if cuda else 1)
+    shape = bench.Knobs(**FULL if cuda else TINY, **options)
+    memory, peak = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated) if cuda else (lambda: 0, lambda: 0)
+    ours = bench.Bench(shape, False)
+    parameters, windows = sum(p.numel() for p in ours.model.parameters()), (ours.x_val, ours.y_val)
+    held = Counter(ours=memory())  # bytes that stay, of the one model and of the other
+    print(bench.choose_kernel(shape, ours.model), flush=True)
+
+    def arm(name, m=1):
+        def run():
+            ours.x_val, ours.y_val = (part[:m] for part in windows)
+            getattr(ours, name)()
+
+        return run
+
+    plan = dict(plain=arm("plain"), scored=arm("scored"), stock=None, val=arm("val"))
+    plan |= dict(scored4=arm("scored", 4), val4=arm("val", 4), order2=arm("order2"))  # 4: of m = 4 windows
+    arms = {}
+    for name, run in plan.items():
+        owner, before = "theirs" if name == "stock" else "ours", memory()
+        arms[name] = run or bench.Bench(shape, True).plain
+        first_s = bench.seconds(arms[name], knobs.device)  # compiles
+        held[owner] += memory() - before
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        kernels = longest_kernels(arms[name], cuda)
+        peak_mb = (peak() - sum(held.values()) + held[owner]) / 2**20
+        times = bench.take_turns(arms, shape)
+        ms = 1000 * statistics.median(times[name])
+        mfu = bench.mfu(shape, parameters, ms, gpu) if name in ("stock", "plain", "scored") else None
+        report(arm=name, ms=ms, mfu=mfu, peak_mb=peak_mb, first_s=first_s)
+        for kernel, (kernel_ms, calls) in kernels:
+            report(arm=name, kernel=kernel, ms=kernel_ms, calls=calls)
+        missing = dict.fromkeys([*plan, "order24"], [math.nan] * shape.rounds)
+        for m, end in ((1, ""), (4, "4")):
+            of = missing | times
+            arms_of_m = [of["stock"], of["plain"], *(of[name + end] for name in ("val", "scored", "order2"))]
+            rounds = [bench.ratios(*round_) for round_ in zip(*arms_of_m, strict=True)]
+            medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+            report(val_batch_size=m, **{key: ratio for key, ratio in medians.items() if ratio == ratio})
+
+
+def longest_kernels(run, cuda, most=10):
+    """[(kernel, (ms, calls))] of a run, by torch.profiler; on a CPU of its operators, their own time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kind, clock = ("CUDA", "self_device_time_total") if cuda else ("CPU", "self_cpu_time_total")
+    with profile(activities={ProfilerActivity.CPU, getattr(ProfilerActivity, kind)}) as profiled:
+        run()
+    found = {}
+    for event in profiled.events():
+        if event.device_type.name == kind and not event.is_user_annotation:
+            ms, calls = found.get(event.name, (0.0, 0))
+            found[event.name] = ms + getattr(event, clock) / 1000, calls + 1
+    return sorted(found.items(), key=lambda item: -item[1][0])[:most]
 
 
 def figure2(knobs, report):
@@ -198,9 +259,8 @@ def supervise(command, limit, log):
             sys.stdout.flush()
 
 
-def run_stage(knobs):
+def run_stage(knobs, executed):
     """The stage knobs.stage in this process."""
-    executed = set() if knobs.cuda else watch(SCRIPTS)
     with open(f"{knobs.work}/stage_{knobs.stage}.jsonl", "a", encoding="utf-8") as file:
 
         def report(**figures):
@@ -256,7 +316,7 @@ def lines_of(path, most):
         return file.read()[-most:]
 
 
-def measure(knobs, work):
+def measure(knobs, work, executed):
     """Run the stages: a list of what they measured, one dict for each."""
     deadline, stages = time.monotonic() + 60 * knobs.minutes, []
     if not knobs.cuda:
@@ -275,35 +335,26 @@ def measure(knobs, work):
             with open(figures, encoding="utf-8") as file:
                 result["figures"] = [json.loads(line) for line in file if line.endswith("\n")]
         result["last_lines"] = lines_of(log, 4000).splitlines()[-30:] if status != 0 else []
+        if os.path.exists(f"{work}/lines_{stage}.json"):
+            with open(f"{work}/lines_{stage}.json", encoding="utf-8") as file:
+                executed |= set(map(tuple, json.load(file)))
         stages.append(result)
         keep(knobs, work, stages)
     return stages
 
 
-def print_unexecuted(executed, work):
-    for path in glob.glob(f"{work}/lines_*.json"):
-        with open(path, encoding="utf-8") as file:
-            executed |= {(path, line) for path, line in json.load(file)}
-    found = [(path, line) for path in SCRIPTS for line in unexecuted(path, executed)]
-    print(f"lines that this rehearsal did not execute, {len(found)}:")
-    for path, line in found:
-        print(f"{os.path.relpath(path, ROOT)}:{line}: {linecache.getline(path, line).strip()}")
-
-
-def main():
+def main(executed):
+    """The status; `executed` is what watch gives in a rehearsal, empty otherwise."""
     knobs = configure(Knobs, sys.argv[1:])
     if knobs.stage:
-        return run_stage(knobs)
+        sys.exit(run_stage(knobs, executed))
     if knobs.pack:
         tree, carried = pack(knobs.pack, knobs.domain_field, knobs.data)
-        return print(f"{knobs.data}: {carried / 2**20:.1f} MiB, and {tree / 2**20:.1f} MiB of the tree: below 64 MiB")
+        sys.exit(print(f"{knobs.data}: {carried / 2**20:.1f} MiB, with the tree {(tree + carried) / 2**20:.1f} of 64"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the stage's processes
     os.makedirs(knobs.out, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu_", ignore_cleanup_errors=True) as work:
-        executed = set() if knobs.cuda else watch(SCRIPTS)
-        stages = measure(knobs, work)
-        if not knobs.cuda:
-            print_unexecuted(executed, work)
+        stages = measure(knobs, work, executed)
     for stage in stages:
         print(f"{stage['stage']}. {stage['what']} {stage['status']}, {len(stage['figures'])} lines of figures")
     print(f"{knobs.out}/gpu.md has them all")
@@ -311,4 +362,9 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    rehearsal = "--device=cpu" in sys.argv
+    executed = watch(SCRIPTS) if rehearsal else set()
+    status = main(executed)
+    if rehearsal:
+        print_unexecuted(SCRIPTS, executed)
+    sys.exit(status)

@@ -1,5 +1,6 @@
 """Which lines of a script's functions no process has executed: those are the lines that may fail at their first use."""
 
+import linecache
 import os
 import sys
 import types
@@ -28,3 +29,10 @@ def unexecuted(path, executed):
         if code.co_flags & 2:  # of a function: the lines of modules and classes run at import
             lines |= {line for *_, line in code.co_lines() if line and line > code.co_firstlineno}
     return sorted(line for line in lines if (path, line) not in executed)
+
+
+def print_unexecuted(paths, executed):
+    found = [(path, line) for path in paths for line in unexecuted(path, executed)]
+    print(f"lines that were not executed, {len(found)}:")
+    for path, line in found:
+        print(f"{os.path.basename(path)}:{line}: {linecache.getline(path, line).strip()}")

@@ -297,7 +297,7 @@ def test_imports_without_triton(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)], ids=str)
 @pytest.mark.parametrize("n_in, n_out", [(768, 768), (768, 2304), (768, 3072), (3072, 768), (768, 50304), (765, 770)])
 def test_layers_of_gpt2_on_a_gpu(n_in, n_out, dtype, tolerance):
@@ -308,7 +308,7 @@ def test_layers_of_gpt2_on_a_gpu(n_in, n_out, dtype, tolerance):
 
 
 @needs_triton
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_the_choice_on_a_gpu():
     _, reason = kernels.choose("cuda", [(16, 1024, 768, 768), (16, 1024, 768, 3072)], torch.bfloat16, add_samples)
     print(reason)
@@ -317,7 +317,7 @@ def test_the_choice_on_a_gpu():
 
 
 @needs_triton
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("use_triton", [False, True])
 def test_a_scored_step_does_not_wait_for_the_gpu(monkeypatch, use_triton):
     monkeypatch.setattr(data_value, "use_triton", use_triton)
