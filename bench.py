@@ -230,8 +230,8 @@ def memory_mb(field):
 def choose_kernel(knobs, model):
     """Use the Triton kernel where it is the faster one; the reason."""
     data_value.use_triton = False
-    shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0])
-    dtype = getattr(torch, knobs.dtype)
+    dtype, device_type = getattr(torch, knobs.dtype), knobs.device.split(":")[0]
+    shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type, dtype)
     data_value.use_triton, reason = kernels.choose(
         knobs.device, shapes, dtype, data_value.add_samples, knobs.n_directions
     )

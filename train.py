@@ -416,8 +416,8 @@ def train(knobs, rank, world, stack):
     lasting = knobs.val_interval > 1 or knobs.val_average > 0  # validation gradients serve more than one iteration
     if knobs.score:
         data_value.use_triton = False
-        shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type)
         dtype = getattr(torch, knobs.dtype)
+        shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type, dtype)
         faster, reason = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, len(directions))
         data_value.use_triton = total(torch.tensor(float(faster), device=knobs.device)).item() == world
         if rank == 0:
