@@ -261,13 +261,17 @@ def ratios(stock, plain, val, scored, order2):
     )
 
 
+def peak_tflops(gpu, dtype):
+    """Of the GPU of this name, 0 where it is not known."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu and dtype == "bfloat16"), 0.0)
+
+
 def mfu(knobs, parameters, ms, gpu):
     """The share of the GPU's peak at which a plain step of `ms` would run, None where the peak is not known."""
-    known = (peak for name, peak in PEAK_TFLOPS.items() if name in gpu and knobs.dtype == "bfloat16")
-    peak_tflops = knobs.peak_tflops or next(known, 0.0)
+    peak = knobs.peak_tflops or peak_tflops(gpu, knobs.dtype)
     attention = 12 * knobs.n_layer * knobs.n_embd * knobs.block_size  # operations a token (PaLM, App. B)
     operations = (6 * parameters + attention) * knobs.batch_size * knobs.block_size
-    return operations / (ms / 1000) / (peak_tflops * 1e12) if peak_tflops else None
+    return operations / (ms / 1000) / (peak * 1e12) if peak else None
 
 
 def measure(knobs):

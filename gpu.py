@@ -136,7 +136,48 @@ def gpu_tests(knobs, report):
 
 
 def candidates(knobs, report):
-    """The weight gradient's kernels beside cuBLAS, and the head beside the compiler's."""
+    """The head beside the compiler's, the row kernels, the weight gradient's candidates beside cuBLAS."""
+    import torch
+    from torch.nn import functional as F
+
+    import bench
+    import data_value
+    from model import GPT, GPTConfig
+    from support import kernels, row_kernels
+
+    size, device, dtype = FULL if knobs.cuda else TINY, knobs.device, torch.bfloat16
+    B, T, C, V = (size[key] for key in ("batch_size", "block_size", "n_embd", "vocab_size"))
+    x = torch.randn(B, T, C, device=device, dtype=dtype, requires_grad=True)
+    targets, alpha = torch.randint(V, (B, T), device=device), torch.zeros(B, 1, device=device, requires_grad=True)
+    head = data_value.LossHead(C, V, bias=False, device=device)
+    data_value.attach_directions(head)
+
+    @torch.compile(fullgraph=True, dynamic=False, disable=not knobs.cuda)
+    def stock(x, targets):
+        return F.cross_entropy(F.linear(x, head.weight).flatten(0, 1), targets.flatten())
+
+    def step(loss_of, *arguments):
+        with torch.autocast(knobs.device, dtype):
+            loss = loss_of(x, targets, *arguments)
+        loss.backward()
+
+    for name, run in dict(plain=[head], stock=[stock], scored=[head, alpha]).items():
+        ms = 1000 * timed(lambda run=run: step(*run), device)
+        report(head=name, ms=ms, tflops=6 * B * T * C * V / ms / 1e9)
+
+    launches = dict(cross_entropy_rows=(torch.randn(B * T, V, device=device, dtype=dtype), targets.view(-1), 1.0, True))
+    for name, arguments in launches.items() if knobs.cuda else ():
+        launch, traffic = getattr(row_kernels, name), getattr(row_kernels, f"{name}_traffic")
+        seconds = timed(lambda launch=launch, arguments=arguments: launch(*arguments), device)
+        report(kernel=name, ms=1000 * seconds, gb_per_s=traffic(*arguments)[0] / seconds / 1e9)
+
+    peak = bench.peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else 0.0
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{key: size[key] for key in size if key != "batch_size"}))
+    shapes = Counter(data_value.weight_gradient_shapes(model, B, T, device, dtype))
+    for shape, count in shapes.items():
+        for row in kernels.candidates_report(device, [shape], dtype, 1, data_value.add_samples):
+            report(calls=count, **row, of_peak=row["tflops"] / peak if row["tflops"] and peak else None)
 
 
 def steps(knobs, report):

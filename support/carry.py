@@ -3,10 +3,10 @@
 import os
 import re
 import shutil
-import subprocess
 
 from support.configurator import UserError
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MOST = 64 * 2**20  # bytes of the tree and the folder together
 
 
@@ -37,11 +37,22 @@ def pack(source, domain_field, folder):
             shutil.copy(f"{cache}/{name}", ours)
     os.environ["TIKTOKEN_CACHE_DIR"] = ours
     prepare_owt.get_tokenizer("gpt2")  # fetches what is not there
-    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    tree = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")
-    carried = [f"{at}/{name}" for at, _, names in os.walk(folder) for name in names]
-    tree, carried = (sum(map(os.path.getsize, filter(os.path.isfile, paths))) for paths in (tree, carried))
+    tree, carried = bytes_of(ROOT, ignored()), bytes_of(folder, ())
     if tree + carried > MOST:
         sizes = f"{carried / 2**20:.1f} MiB there and {tree / 2**20:.1f} MiB of the tree"
         raise UserError(f"{folder}: {sizes} are more than {MOST // 2**20} MiB together; take a smaller SOURCE")
     return tree, carried
+
+
+def bytes_of(folder, without):
+    """Of the files below `folder`, without the folders of these names."""
+    total = 0
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in without]
+        total += sum(os.lstat(f"{at}/{name}").st_size for name in names)
+    return total
+
+
+def ignored():
+    with open(f"{ROOT}/.gitignore", encoding="utf-8") as file:
+        return {".git", *(line.strip().strip("/") for line in file)}

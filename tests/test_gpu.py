@@ -222,7 +222,7 @@ def test_differences_are_of_the_same_order():
 
 
 def test_the_study_goes_on_where_it_was_stopped(home, monkeypatch, capsys):  # noqa: F811
-    shape = [flag for flag in TINY.split() if flag.split("=")[0][2:] in gpt2.SHAPE]
+    shape = [flag for flag in TINY.split() if flag.split("=")[0][2:] in gpt2.Knobs.__dataclass_fields__]
     flags = ["gpt2.py", *shape, "--vocab_size=257", "--max_iters=10", "--val_batch_size=2", "--orders=1"]
     monkeypatch.setattr(sys, "argv", flags)
     arm_run = gpt2.arm_run
