@@ -25,7 +25,9 @@ def pack(source, domain_field, folder):
     os.makedirs(folder, exist_ok=True)
     schema, path = pa.schema(dict(text=pa.string(), domain=pa.string())), f"{folder}/corpus.parquet"
     documents = prepare_owt.documents_of(knobs)
-    with parquet.ParquetWriter(f"{path}.tmp", schema, compression="zstd", compression_level=9) as file:
+    # pages as large as a row group, since each is compressed by itself
+    options = dict(compression="zstd", compression_level=12, use_dictionary=["domain"], data_page_size=2**28)
+    with parquet.ParquetWriter(f"{path}.tmp", schema, **options) as file:
         for batch in prepare_owt.batches_of(documents, characters=2**24):
             texts = [text.encode("utf-8", "replace").decode() for text, _ in batch]  # lone surrogates
             file.write_table(pa.table([texts, [domain for _, domain in batch]], schema=schema))
@@ -33,7 +35,7 @@ def pack(source, domain_field, folder):
     cache, ours = os.environ.get("TIKTOKEN_CACHE_DIR", ""), f"{folder}/tiktoken"
     os.makedirs(ours, exist_ok=True)
     for name in os.listdir(cache) if os.path.isdir(cache) else ():
-        if re.fullmatch("[0-9a-f]{40}", name):  # tiktoken's names
+        if re.fullmatch("[0-9a-f]{40}", name) and not os.path.samefile(cache, ours):  # tiktoken's names
             shutil.copy(f"{cache}/{name}", ours)
     os.environ["TIKTOKEN_CACHE_DIR"] = ours
     prepare_owt.get_tokenizer("gpt2")  # fetches what is not there
