@@ -498,3 +498,28 @@ def test_a_long_run_is_flat(home, capsys):  # noqa: F811
         print(f"log {size:,} bytes, predicted {predicted:,}; median step of the second half / the first {halves:.3f}")
     assert abs(slope) < 10 and predicted * 0.9 < size < predicted * 1.1
     assert len(read_log("out/x")["iter"]) == 20000
+
+
+def test_a_checkpoint_and_a_log_of_a_newer_format_are_refused_and_older_ones_read(home):  # noqa: F811
+    call(train.main, f"{SCORED} --max_iters=3 --lr_decay_iters=8 --out_dir=out/x")
+    log_path = "out/x/dot_prod/dot_prod_log_iter_3.pt"
+    for path, again in (("out/x/ckpt.pt", "--max_iters=4"), (log_path, "--max_iters=5")):
+        written = torch.load(path, weights_only=True)
+        assert written["format"] == 1
+        torch.save(written | dict(format=2), path)
+        flags = f"{SCORED} {again} --lr_decay_iters=8 --out_dir=out/x --init_from=resume"
+        refused(flags, f"{path}: its format is 2, this code knows 1")
+        torch.save({key: value for key, value in written.items() if key != "format"}, path)
+        call(train.main, flags)
+
+
+def test_a_checkpoint_with_a_knob_that_is_gone_is_refused(home):  # noqa: F811
+    call(train.main, f"{TINY} --max_iters=3 --lr_decay_iters=8 --out_dir=out/x")
+    written = torch.load("out/x/ckpt.pt", weights_only=True)
+    written["knobs"] |= dict(val_interval=1, filter_lowest=0.0)  # as they were by default: nothing is lost
+    torch.save(written, "out/x/ckpt.pt")
+    call(train.main, f"{TINY} --max_iters=4 --lr_decay_iters=8 --out_dir=out/x --init_from=resume")
+    written["knobs"]["val_interval"] = 4
+    torch.save(written, "out/x/ckpt.pt")
+    flags = f"{TINY} --max_iters=5 --lr_decay_iters=8 --out_dir=out/x --init_from=resume"
+    refused(flags, "its run has val_interval = 4, a knob that is gone")
