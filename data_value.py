@@ -19,6 +19,8 @@ loss). To second order G is taken at the midpoint of the step: `retreat_to_midpo
     dots = dot_products(model, x, y, x_val, y_val)        # (B,): nothing else is needed for a single batch
 """
 
+import math
+
 import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
@@ -455,6 +457,72 @@ def set_direction(
         precondition(rows, gradients, means, moments, beta2, eps, correction, stepped)
     if without is not None:
         buffers[without][k].zero_()
+
+
+class Directions:
+    """
+    The directions of a run and what they are made of. For each of the validation `sets`, each kind of
+    knobs.value_direction ('sgd', 'adam'; '-wte' behind either: without the tied embedding) and each of the val_groups
+    of a set's windows there is one; `names` has them in order, '<set>:<kind>'. With val_average, a half-life in
+    iterations, they are made of a running average of validation gradients. `gradients` are the latest, a {parameter:
+    gradient} for each group of each set.
+    """
+
+    def __init__(self, model, sets, knobs):
+        self.kinds, self.groups, self.half_life = knobs.value_direction.split(","), knobs.val_groups, knobs.val_average
+        self.names = [f"{name}:{kind}" for name in sets for kind in self.kinds for _ in range(self.groups)]
+        self.tied = model.lm_head.weight
+        self.buffers = attach_directions(model, len(self.names))
+        self.gradients = []
+        self.precondition = torch.compile(precondition, fullgraph=True, dynamic=False, disable=not knobs.compile)
+
+    def alpha(self, batch_size):
+        """The zeros (batch_size, K) whose gradient will be the dot products."""
+        return torch.zeros(batch_size, len(self.names), device=self.tied.device, requires_grad=True)
+
+    def update(self, fresh, iter_num):
+        """
+        Take the gradients of the iterator `fresh` of (gradient, loss), or average them with those of all iterations
+        before `iter_num`. Returns the mean loss, a scalar tensor.
+        """
+        losses = []
+        if not (self.half_life and self.gradients):
+            self.gradients = []  # before there are as many again
+            for gradient, loss in fresh:
+                self.gradients.append(gradient)
+                losses.append(loss)
+            return torch.stack(losses).mean()
+        x = math.log(2) / self.half_life
+        weight = math.expm1(-x) / math.expm1(-x * (iter_num + 1))  # (1 - d) / (1 - d^n), as Adam's bias correction
+        for old, (new, loss) in zip(self.gradients, fresh, strict=True):
+            torch._foreach_lerp_(list(old.values()), [new[p] for p in old], weight)
+            losses.append(loss)
+        return torch.stack(losses).mean()
+
+    def mean(self):
+        """The mean gradient of the first set's groups."""
+        return mean_gradient(self.gradients[: self.groups])
+
+    def fill(self, optimizer, stepped=False):
+        """Fill the model's buffers: for the step that `optimizer` is about to take or, `stepped`, has just taken."""
+        k = 0
+        for i in range(0, len(self.gradients), self.groups):
+            groups = self.gradients[i : i + self.groups]
+            mean = mean_gradient(groups)
+            for kind in self.kinds:
+                adamw = optimizer if kind.startswith("adam") else None
+                without = self.tied if kind.endswith("-wte") else None
+                for gradient in groups:
+                    set_direction(self.buffers, gradient, adamw, k, stepped, without, mean, self.precondition)
+                    k += 1
+
+    def state(self):
+        """What a checkpoint keeps: the running averages, as lists of tensors in the order of the parameters."""
+        return [list(gradient.values()) for gradient in self.gradients] if self.half_life else []
+
+    def load_state(self, state, params):
+        for gradient in state:
+            self.gradients.append({p: g.to(p.device) for p, g in zip(params, gradient, strict=True)})
 
 
 @torch.no_grad()

@@ -14,8 +14,7 @@ dataset = "openwebtext"
 init_from = "scratch"
 
 # Only windows that were valued, the paper's pool. The sign decides: of averaged directions it dropped 40% in the study,
-# and saved what the oracle saved. --filter_lowest=0.15 drops a share of your choice by rank within the iteration
-# instead; it saved less than the sign where 15% were damaged.
+# and saved what the oracle saved.
 filter_from = "out/baseline_best"
 filter_pool = "scored"
 filter_negative = False

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -14,12 +15,49 @@ import torch.distributed as dist
 from support.configurator import UserError
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """This process and how many there are; without torchrun it is alone, and the methods return what they are given."""
+
+    rank: int = 0
+    world: int = 1
+
+    def total(self, tensor):
+        """The sum of the ranks' tensors, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor):
+        """The ranks' (k, b, ...) side by side, (k, b * world, ...), on rank 0; None on the others."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)] if self.rank == 0 else None
+        dist.gather(tensor, parts)
+        return torch.cat(parts, dim=1) if self.rank == 0 else None
+
+    def average(self, gradient, loss, share):
+        """Turn each rank's {parameter: gradient} and loss, of its `share` of the windows, into those of all."""
+        if self.world == 1:
+            return
+        flat = torch.cat([g.flatten() for g in gradient.values()] + [loss[None]]).mul_(share)
+        dist.all_reduce(flat)
+        parts = flat.split([g.numel() for g in gradient.values()] + [1])
+        for g, part in zip([*gradient.values(), loss], parts, strict=True):
+            g.copy_(part.view_as(g))
+
+    def barrier(self):
+        """Wait until all ranks are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
 @contextmanager
 def processes(knobs):
     """
-    Yields this process's rank and the number of processes, (0, 1) without torchrun, and sets knobs.device to this one's
-    GPU. Raises UserError for a device that is not here, a batch that does not divide, and where another process is
-    lost: at once if its connections close, after process_timeout if it hangs.
+    Yields the Ranks of this process, and sets knobs.device to its GPU. Raises UserError for a device that is not here,
+    a batch that does not divide, and where another process is lost: at once if its connections close, after
+    process_timeout if it hangs.
     """
     on_gpu = knobs.device.startswith("cuda")
     if on_gpu and "LOCAL_RANK" in os.environ:
@@ -35,7 +73,7 @@ def processes(knobs):
     if on_gpu:  # what is timed and synchronised is the current device
         torch.cuda.set_device(torch.device(knobs.device).index or 0)
     if "RANK" not in os.environ:
-        yield 0, 1
+        yield Ranks()
         return
     lost = []
     atexit.register(end_without_teardown, lost)
@@ -49,7 +87,7 @@ def processes(knobs):
         raise UserError(f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
-        yield dist.get_rank(), world
+        yield Ranks(dist.get_rank(), world)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's own are plain RuntimeErrors
             raise
@@ -89,7 +127,7 @@ def how_to_resume(knobs):
     return f"go on from the last checkpoint in {knobs.out_dir} with the same command and --init_from=resume"
 
 
-def watch_sigterm(stack, world, knobs):
+def watch_sigterm(stack, ranks, knobs):
     """
     From now on SIGTERM, a scheduler's warning, is only noted, until `stack` is closed. Returns a function that says
     whether any process has had one; all call it at the same step and get the same answer.
@@ -98,21 +136,13 @@ def watch_sigterm(stack, world, knobs):
     previous = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
     stack.callback(signal.signal, signal.SIGTERM, previous)
     # on the CPU, so that no step waits for the GPU
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=knobs.process_timeout)) if world > 1 else None
+    alone, timeout = ranks.world == 1, timedelta(seconds=knobs.process_timeout)
+    group = None if alone else dist.new_group(backend="gloo", timeout=timeout)
 
     def terminated():
         answer = torch.tensor(len(noted))  # what comes while the others are asked counts the next time
-        if world > 1:
+        if not alone:
             dist.all_reduce(answer, group=group)
         return answer.item() > 0
 
     return terminated
-
-
-def average_over_ranks(gradient, loss, share):
-    """Turn each rank's validation gradient and loss, of its `share` of the windows, into those of all, in place."""
-    flat = torch.cat([g.flatten() for g in gradient.values()] + [loss[None]]).mul_(share)
-    dist.all_reduce(flat)
-    parts = flat.split([g.numel() for g in gradient.values()] + [1])
-    for g, part in zip([*gradient.values(), loss], parts, strict=True):
-        g.copy_(part.view_as(g))

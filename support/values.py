@@ -14,6 +14,7 @@ import torch
 from support.configurator import UserError
 from support.files import atomic_write, load_torch
 
+FORMAT = 1  # of a file of the log; those without a number are of the code before it was written, and read the same
 LOG_SHAPES = {"iter": 1, "lr": 1, "clip": 1, "sample_id": 2, "dot_product": 3}
 
 
@@ -25,6 +26,7 @@ def write_log(out_dir, iter_num, entries, directions=("all:sgd",)):
     """
     dots = torch.stack([entry["dot_product"] for entry in entries]).float().cpu()
     log = {
+        "format": FORMAT,
         "iter": torch.tensor([entry["iter"] for entry in entries]),
         "lr": torch.tensor([entry["lr"] for entry in entries], dtype=torch.float64),
         "clip": torch.stack([torch.as_tensor(entry["clip"]) for entry in entries]).double().cpu(),
@@ -57,6 +59,10 @@ def read_log(out_dir):
     parts, anew = [], "train it anew in another --out_dir"
     for path in files.values():
         part = load_torch(path, [*LOG_SHAPES, "directions"], anew)
+        if part.get("format", 0) > FORMAT:
+            raise UserError(
+                f"{path}: its format is {part['format']}, this code knows {FORMAT}; read it with newer code"
+            )
         try:
             if part["dot_product"].dim() == 2:
                 part["dot_product"] = part["dot_product"][:, :, None]

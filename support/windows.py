@@ -222,17 +222,28 @@ def open_sets(knobs, meta, data, split, seed, stream):
     return sets
 
 
+def open_test_sets(knobs, meta, data):
+    """
+    {name in metrics.jsonl: (its Tokens, the ids of its windows)} for the test split of the corpus and of every one of
+    val_sets, the same windows for all runs, and {name of the set: its corpus's fingerprint}.
+    """
+    B = knobs.batch_size * knobs.gradient_accumulation_steps
+    named = open_sets(knobs, meta, data, "test", 0, TEST)  # seed 0 whatever the run's
+    orders = {"test_loss": (data["test"], WindowOrder(count_windows(data["test"], knobs.block_size), 0, TEST))}
+    orders |= {f"test_loss_{name}": test_set for name, (*test_set, _) in named.items() if name != "all"}
+    test_sets = {}
+    for name, (tokens, order) in orders.items():
+        n = min(order.n, knobs.eval_iters * B)  # however the batch is cut into micro-batches
+        n -= n % B if n > B else 0  # full batches: torch.compile makes a graph for every shape
+        test_sets[name] = tokens, order.take(0, n)[0]
+    return test_sets, {name: fingerprint for name, (*_, fingerprint) in named.items()}
+
+
 def load_filter(knobs, fingerprint, n_windows):
-    """
-    (sample_id, value) of the run that the filter goes by, checked to speak of this run's windows; None without one.
-    With filter_lowest the value is the z-score less its quantile, so that the lowest share is below zero.
-    """
+    """(sample_id, value) of the run that the filter goes by, checked to speak of this run's windows, or None."""
     if not knobs.filter_from:
         return None
-    key = "z_score" if knobs.filter_lowest else "value"
-    sample_id, value, _ = load_values(knobs.filter_from, knobs.filter_column, key)
-    if knobs.filter_lowest:
-        value = value - np.quantile(value, knobs.filter_lowest)
+    sample_id, value, _ = load_values(knobs.filter_from, knobs.filter_column)
     path = os.path.join(knobs.filter_from, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -291,3 +302,65 @@ def training_order(n_windows, seed, filter_negative, filter_pool, drop_random, s
         corpus=n_windows, scored=len(sample_id), negative=len(negative), eligible=eligible, touchable=touchable
     )
     return order, coverage
+
+
+class Windows:
+    """
+    The windows of a run: the order in which it trains, its validation and test sets, and the filter's coverage.
+    `val_sets` is empty without `score`. Raises UserError where the corpus or the filter's source does not fit.
+    """
+
+    def __init__(self, knobs):
+        self.knobs = knobs
+        self.meta, self.data, self.n_windows = load_corpus(knobs)
+        self.vocab_size = self.meta["vocab_size"]  # and then the model's: no token may be beyond its embedding
+        scored = load_filter(knobs, self.meta["fingerprint"], self.n_windows["train"])
+        filter_knobs = knobs.filter_negative, knobs.filter_pool, knobs.drop_random
+        self.order, self.coverage = training_order(self.n_windows["train"], knobs.seed, *filter_knobs, scored)
+        self.val_sets = open_sets(knobs, self.meta, self.data, "val", knobs.seed, VAL) if knobs.score else {}
+        self.test_sets, self.fingerprints = open_test_sets(knobs, self.meta, self.data)
+
+    def identity(self):
+        """What a run and its resumption must share."""
+        fingerprint = self.meta["fingerprint"]
+        return dict(fingerprint=fingerprint, val_sets=self.fingerprints, order=self.order.digest())
+
+    def batch(self, tokens, ids):
+        """x, y, (k, T) on the device, of the windows `ids` of these Tokens."""
+        return get_batch(tokens, ids, self.knobs.block_size, self.vocab_size, self.knobs.device)
+
+    def validation(self, name, iter_num):
+        """The Tokens of a validation set, and the ids (m,) of an iteration's windows."""
+        tokens, order, _ = self.val_sets[name]
+        ids, _ = order.take(iter_num * self.knobs.val_batch_size, self.knobs.val_batch_size)
+        return tokens, ids
+
+    def batches(self, position, ranks):
+        """
+        A generator of the iterations from `position` on: the position behind it, the ids (B,) of its windows, and
+        [(number, (b, T + 1) on the host)] of the micro-batches of this rank.
+        """
+        knobs = self.knobs
+        B = knobs.batch_size * knobs.gradient_accumulation_steps
+
+        def draw(position):
+            ids, position = self.order.take(position, B)
+            how = knobs.block_size, self.vocab_size, knobs.device
+            mine = micro_batches(ids, knobs.batch_size, ranks.rank, ranks.world)
+            return position, ids, [(n, read_windows(self.data["train"], some, *how)) for n, some in mine]
+
+        return drawn_ahead(draw, position, knobs.device)
+
+    def describe(self, ranks):
+        """Rank 0 prints what the run will see: its windows, and what share of them the filter can touch."""
+        if ranks.rank > 0:
+            return
+        knobs, coverage = self.knobs, self.coverage
+        tokens = knobs.batch_size * knobs.gradient_accumulation_steps * knobs.block_size
+        print(f"{tokens:,} tokens an iteration; windows of {knobs.block_size} tokens: {self.n_windows}")
+        if coverage:
+            counts = "{corpus:,} windows in the corpus, {scored:,} scored, {negative:,} negative, {eligible:,} eligible"
+            print(f"values of {knobs.filter_from}, pool '{knobs.filter_pool}': {counts.format(**coverage)};")
+            print(f"the filter can touch {coverage['touchable']:.1%} of the draws")
+            if coverage["touchable"] < 0.5:
+                print("most draws are unscored windows that no filter can reject: expect little of it")

@@ -20,6 +20,7 @@ import train
 from support.configurator import UserError
 from support.corpus import Tokens, checksum_of
 from support.values import load_values, read_log
+from support.windows import training_order
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = (
@@ -154,15 +155,6 @@ def test_control_filtered_and_random_arms(home, with_negatives, capsys):
 
     call(report.main, f"{with_negatives} out/control out/filtered --out=out/report")
     assert "report.png" in os.listdir("out/report")
-
-
-def test_the_lowest_of_their_iterations_are_dropped_wherever_zero_is(home, baseline, capsys):
-    sample_id, z_score, _ = load_values(baseline, "all:sgd", "z_score")
-    arm = f"--filter_from={baseline} --filter_column=all:sgd --filter_lowest=0.25"
-    call(train.main, f"{TINY} {arm} --score=True --out_dir=out/{{arm}}")
-    assert "32 scored, 8 lowest, 24 eligible" in capsys.readouterr().out
-    assert set(read_log("out/lowest")["sample_id"].ravel()) == set(sample_id[np.argsort(z_score)[8:]])
-    call(report.main, f"{baseline} out/lowest --out=out/report")
 
 
 def test_the_adam_direction_and_dropout_and_bfloat16(home):
@@ -304,7 +296,7 @@ class _NumbersRead(TorchDispatchMode):
     [
         "",
         "--score=True --grad_clip=1 --dropout=0.1",
-        "--score=True --val_sets=odd,even --value_direction=sgd,adam --val_groups=2 --val_interval=2 --val_average=4",
+        "--score=True --val_sets=odd,even --value_direction=sgd,adam --val_groups=2 --val_average=4",
         "--score=True --value_order=2",
         "--score=True --value_order=2 --optimizer=sgd",
     ],
@@ -362,7 +354,7 @@ def test_the_loader_s_thread_lives_as_long_as_the_run(home, monkeypatch):
     call(train.main, f"{TINY} --out_dir=out/whole")
     assert names == [[]] + [["loader_0"]] * 7
     n_windows = (os.path.getsize("data/tiny/train.bin") // 2 - 1) // 16
-    damaged = train.training_order(n_windows, 1337, False, "scored", 0.0)[0].take(5 * 4, 4)[0]
+    damaged = training_order(n_windows, 1337, False, "scored", 0.0)[0].take(5 * 4, 4)[0]
     windows = Tokens.windows
 
     def checked(self, ids, block_size):

@@ -93,9 +93,6 @@ def test_any_command_line_gives_knobs_or_a_message(argv):
         (dict(n_embd=100, n_head=12), "--n_embd=100 is not divisible by --n_head=12"),
         (dict(filter_negative=True), "--filter_negative=True needs --filter_from"),
         (dict(filter_negative=True, filter_from="x", drop_random=0.5), "take one"),
-        (dict(filter_negative=True, filter_from="x", filter_lowest=0.5), "take one"),
-        (dict(filter_lowest=0.2), "--filter_lowest=0.2 needs --filter_from"),
-        (dict(filter_lowest=1.0, filter_from="x"), "--filter_lowest=1.0: must be below 1"),
         (dict(drop_random=1.0), "--drop_random=1.0"),
         (dict(filter_pool="some"), "expected scored or all"),
         (dict(score=True, value_direction="adam", optimizer="sgd"), "needs --optimizer=adamw"),
@@ -111,9 +108,14 @@ def test_knobs_are_checked_against_each_other(values, message):
         Knobs(**values)
 
 
+@pytest.mark.parametrize("flag, advice", [("val_interval=4", "val_average"), ("filter_lowest=0.1", "filter_negative")])
+def test_a_knob_that_is_gone_says_so(flag, advice):
+    with pytest.raises(UserError, match=f"the knob '{flag.split('=')[0]}' is gone: .*use {advice}"):
+        configure(Knobs, [f"--{flag}"])
+
+
 def test_the_arms_have_folders_of_their_own():
     arms = dict(control={}, filtered=dict(filter_negative=True), random=dict(drop_random=0.2))
-    arms |= dict(lowest=dict(filter_lowest=0.1))
     for arm, values in arms.items():
         assert Knobs(out_dir="out/{arm}-{seed}", filter_from="out/base", seed=3, **values).out_dir == f"out/{arm}-3"
 

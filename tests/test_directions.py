@@ -14,11 +14,13 @@ from test_cli import TINY, call, corpus, home, metrics  # noqa: F401 (fixtures)
 from test_dots import brute_force, relative_error, tokens, trained_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import data_value
 import train
 from data_value import attach_directions, mean_gradient, retreat_to_midpoint, set_direction, validation_gradient
 from model import GPT, GPTConfig
 from support.corpus import checksum_of, load_meta
 from support.values import load_values, read_log
+from support.windows import Windows
 
 SHAPE = dict(block_size=8, vocab_size=23, n_layer=2, n_head=2, n_embd=12)
 
@@ -151,10 +153,9 @@ def test_second_order_leaves_training_as_it_was_and_its_values_equal_brute_force
     optimizer = model.configure_optimizers("adamw", 0.1, 1e-2, (0.9, 0.95))
     optimizer.load_state_dict(found["optimizer"])
     log, knobs = read_log("out/x"), train.Knobs(**found["knobs"])
-    meta, data, n_windows = train.load_corpus(knobs)
-    order = train.open_sets(knobs, meta, data, "val", knobs.seed, train.VAL)["all"][1]
-    x, y = train.get_batch(data["train"], log["sample_id"][4], 16, 257, "cpu")
-    x_val, y_val = train.get_batch(data["val"], order.take(4 * 4, 4)[0], 16, 257, "cpu")
+    windows = Windows(knobs)
+    x, y = windows.batch(windows.data["train"], log["sample_id"][4])
+    x_val, y_val = windows.batch(*windows.validation("all", 4))
     theta = copy.deepcopy(model)
     for group in optimizer.param_groups:
         group["lr"] = log["lr"][4]
@@ -227,14 +228,13 @@ def test_fixed_validation_windows_are_the_same_every_iteration(home):  # noqa: F
     call(train.main, f"{flags} --out_dir=out/fresh --log_interval=1")
     with open("out/fixed/config.json", encoding="utf-8") as file:
         knobs = train.Knobs(**json.load(file)["knobs"])
-    meta, data, _ = train.load_corpus(knobs)
-    order = train.open_sets(knobs, meta, data, "val", knobs.seed, train.VAL)["all"][1]
-    assert all(set(order.take(4 * i, 4)[0]) == set(order.take(0, 4)[0]) for i in range(9))
+    first, *others = (set(Windows(knobs).validation("all", i)[1]) for i in range(9))
+    assert all(other == first for other in others)
     assert not np.allclose(read_log("out/fixed")["dot_product"][1:], read_log("out/fresh")["dot_product"][1:], rtol=0.1)
 
 
-def test_a_validation_gradient_serves_and_averages_as_told(home, monkeypatch):  # noqa: F811
-    """Fresh gradients every second iteration; what the direction is made of is their weighted mean, oldest first."""
+def test_validation_gradients_are_averaged_as_told(home, monkeypatch):  # noqa: F811
+    """What the direction is made of is the weighted mean of all iterations' gradients, oldest first."""
     fresh, used = [], []
 
     def spy_gradient(model, *rest):
@@ -247,21 +247,18 @@ def test_a_validation_gradient_serves_and_averages_as_told(home, monkeypatch):  
         set_direction(buffers, gradient, *rest)
 
     monkeypatch.setattr(train, "validation_gradient", spy_gradient)
-    monkeypatch.setattr(train, "set_direction", spy_direction)
-    call(train.main, f"{SCORED} --val_interval=2 --val_average=3 --out_dir=out/x")
-    assert len(fresh) == 4 and len(used) == 8
+    monkeypatch.setattr(data_value, "set_direction", spy_direction)
+    call(train.main, f"{SCORED} --val_average=3 --out_dir=out/x")
+    assert len(fresh) == len(used) == 8
     for i, gradient in enumerate(used):
-        passes = i // 2 + 1
-        weights = np.array([0.5 ** (2 * (passes - 1 - j) / 3) for j in range(passes)])
+        weights = np.array([0.5 ** ((i - j) / 3) for j in range(i + 1)])
         for p, g in gradient.items():
             oracle = sum(w * fresh[j][p] for j, w in enumerate(weights / weights.sum()))
             torch.testing.assert_close(g, oracle, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "flags", ["--val_interval=4 --val_average=6", "--val_interval=3", "--value_order=2 --dropout=0.3"]
-)
-def test_a_run_interrupted_between_refreshed_gradients_goes_on_as_if_it_was_not(home, flags):  # noqa: F811
+@pytest.mark.parametrize("flags", ["--val_average=6", "--value_order=2 --dropout=0.3"])
+def test_an_interrupted_run_goes_on_with_its_average_as_if_it_was_not(home, flags):  # noqa: F811
     flags = f"{SCORED} {flags} --value_direction=adam --val_sets=even,odd"
     call(train.main, f"{flags} --out_dir=out/a")
     call(train.main, f"{flags} --out_dir=out/b --max_iters=5")
@@ -270,7 +267,7 @@ def test_a_run_interrupted_between_refreshed_gradients_goes_on_as_if_it_was_not(
     assert np.array_equal(read_log("out/a")["dot_product"], read_log("out/b")["dot_product"])
     a, b = (torch.load(f"out/{run}/ckpt.pt", weights_only=True) for run in "ab")
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
-    assert len(a["val_gradients"]) == (2 if "--val_interval" in flags else 0)
+    assert len(a["val_gradients"]) == (2 if "--val_average" in flags else 0)
 
 
 def test_a_very_long_half_life_is_the_plain_mean(home):  # noqa: F811
@@ -307,10 +304,8 @@ def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # no
         ("--val_groups=3", "--val_groups=3: does not divide --val_batch_size=4"),
         ("--val_windows=3", "--val_windows=3: fewer than --val_batch_size=4"),
         ("--value_order=3", "--value_order=3: expected 1 or 2"),
-        ("--value_order=2 --val_interval=2", "no --val_interval or --val_average"),
-        ("--value_order=2 --val_average=2", "no --val_interval or --val_average"),
+        ("--value_order=2 --val_average=2", "no --val_average"),
         ("--value_order=2 --dropout=0.1 --compile=True", "needs --compile=False"),
-        ("--val_interval=0", "--val_interval=0: must be positive"),
         ("--val_average=-1", "--val_average=-1.0: must not be negative"),
     ],
 )

@@ -23,7 +23,9 @@ from model import GPT
 from support.configurator import UserError
 from support.corpus import checksum_of, get_tokenizer, load_meta, open_split, window_domains
 from support.files import load_torch
+from support.run_folder import CHECKPOINT
 from support.values import load_values, read_log
+from support.windows import VAL, WindowOrder, training_order
 
 SCORED = f"{TINY} --score=True --val_batch_size=3 --value_direction=adam"
 
@@ -164,7 +166,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, small_disk):  # noqa: F811
     flags = f"{SCORED} --max_iters=200 --out_dir={small_disk}/run"
     with pytest.raises(SystemExit, match="could not be written .No space left on device."):
         call(train.main, f"{flags} --checkpoint_interval=1 --n_embd=32")
-    checkpoint = load_torch(f"{small_disk}/run/ckpt.pt", train.CHECKPOINT, "")
+    checkpoint = load_torch(f"{small_disk}/run/ckpt.pt", CHECKPOINT, "")
     assert checkpoint["iter_num"] >= 1
     shutil.copytree(f"{small_disk}/run", "out/run")  # onto a larger disk
     flags = f"{SCORED} --max_iters=200 --n_embd=32 --out_dir=out"
@@ -208,7 +210,7 @@ def read_tokens(folder):
 
 
 READERS = {
-    "run/ckpt.pt": lambda folder: load_torch(f"{folder}/run/ckpt.pt", train.CHECKPOINT, "mend it"),
+    "run/ckpt.pt": lambda folder: load_torch(f"{folder}/run/ckpt.pt", CHECKPOINT, "mend it"),
     "run/dot_prod/dot_prod_log_iter_6.pt": lambda folder: read_log(f"{folder}/run"),
     "run/values.npz": lambda folder: load_values(f"{folder}/run"),
     "data/tiny/train.bin": read_tokens,
@@ -259,7 +261,7 @@ class Evil:
 
 def test_a_malicious_pickle_is_refused(home, finished):  # noqa: F811
     shutil.copytree(finished / "run", "out/x")
-    evil = dict.fromkeys([*train.CHECKPOINT, "iter", "lr", "clip", "sample_id", "dot_product"], Evil())
+    evil = dict.fromkeys([*CHECKPOINT, "iter", "lr", "clip", "sample_id", "dot_product"], Evil())
     torch.save(evil, "out/x/ckpt.pt")
     refused(f"{SCORED} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: damaged, or not written by this script")
     refused(f"{SCORED} --out_dir=out/y --init_from=out/x/ckpt.pt", "out/x/ckpt.pt: damaged, or not written")
@@ -352,7 +354,7 @@ def test_a_loss_that_is_not_finite_names_its_window(home, monkeypatch, scored): 
     forward, poison = GPT.forward, torch.from_numpy(tokens[: 16 * 600].reshape(-1, 16).astype(np.int64))
     flags = f"{TINY} --score={scored} --out_dir=out/x"
     call(train.main, f"{flags} --max_iters=30 --lr_decay_iters=60")
-    ids, _ = train.training_order((len(tokens) - 1) // 16, 1337, False, "scored", 0.0)[0].take(4 * 40, 4)
+    ids, _ = training_order((len(tokens) - 1) // 16, 1337, False, "scored", 0.0)[0].take(4 * 40, 4)
     bad = int(ids[2])  # of iteration 40
 
     def poisoned(self, idx, targets=None, alpha=None):
@@ -381,7 +383,7 @@ def test_a_loss_that_is_not_finite_names_its_window(home, monkeypatch, scored): 
 def test_a_validation_loss_that_is_not_finite_names_its_window(home, monkeypatch):  # noqa: F811
     tokens = np.fromfile("data/tiny/val.bin", dtype="<u2")
     forward, poison = GPT.forward, torch.from_numpy(tokens[: 16 * 300].reshape(-1, 16).astype(np.int64))
-    bad = int(train.WindowOrder((len(tokens) - 1) // 16, 1337, train.VAL).take(5 * 3, 3)[0][1])  # of iteration 5
+    bad = int(WindowOrder((len(tokens) - 1) // 16, 1337, VAL).take(5 * 3, 3)[0][1])  # of iteration 5
 
     def poisoned(self, idx, targets=None, alpha=None):
         logits, loss = forward(self, idx, targets, alpha)
@@ -496,3 +498,28 @@ def test_a_long_run_is_flat(home, capsys):  # noqa: F811
         print(f"log {size:,} bytes, predicted {predicted:,}; median step of the second half / the first {halves:.3f}")
     assert abs(slope) < 10 and predicted * 0.9 < size < predicted * 1.1
     assert len(read_log("out/x")["iter"]) == 20000
+
+
+def test_a_checkpoint_and_a_log_of_a_newer_format_are_refused_and_older_ones_read(home):  # noqa: F811
+    call(train.main, f"{SCORED} --max_iters=3 --lr_decay_iters=8 --out_dir=out/x")
+    log_path = "out/x/dot_prod/dot_prod_log_iter_3.pt"
+    for path, again in (("out/x/ckpt.pt", "--max_iters=4"), (log_path, "--max_iters=5")):
+        written = torch.load(path, weights_only=True)
+        assert written["format"] == 1
+        torch.save(written | dict(format=2), path)
+        flags = f"{SCORED} {again} --lr_decay_iters=8 --out_dir=out/x --init_from=resume"
+        refused(flags, f"{path}: its format is 2, this code knows 1")
+        torch.save({key: value for key, value in written.items() if key != "format"}, path)
+        call(train.main, flags)
+
+
+def test_a_checkpoint_with_a_knob_that_is_gone_is_refused(home):  # noqa: F811
+    call(train.main, f"{TINY} --max_iters=3 --lr_decay_iters=8 --out_dir=out/x")
+    written = torch.load("out/x/ckpt.pt", weights_only=True)
+    written["knobs"] |= dict(val_interval=1, filter_lowest=0.0)  # as they were by default: nothing is lost
+    torch.save(written, "out/x/ckpt.pt")
+    call(train.main, f"{TINY} --max_iters=4 --lr_decay_iters=8 --out_dir=out/x --init_from=resume")
+    written["knobs"]["val_interval"] = 4
+    torch.save(written, "out/x/ckpt.pt")
+    flags = f"{TINY} --max_iters=5 --lr_decay_iters=8 --out_dir=out/x --init_from=resume"
+    refused(flags, "its run has val_interval = 4, a knob that is gone")

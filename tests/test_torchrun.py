@@ -79,7 +79,7 @@ def test_the_number_of_processes_changes_nothing(home, n):  # noqa: F811
     [
         "--val_batch_size=3 --value_direction=adam",
         "--val_batch_size=6 --value_direction=sgd,adam --value_order=2 --val_sets=even,all --val_groups=2",
-        "--val_batch_size=3 --value_direction=adam,sgd-wte --val_interval=3 --val_average=4",
+        "--val_batch_size=3 --value_direction=adam,sgd-wte --val_average=4",
     ],
 )
 def test_adamw_and_its_direction_on_two_processes(home, directions):  # noqa: F811

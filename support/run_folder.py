@@ -1,0 +1,194 @@
+"""
+A run's folder: its lock, config.json, metrics.jsonl, the log of dot products and the checkpoint; how a run that was
+interrupted goes on from there, as if it had not been.
+"""
+
+import errno
+import glob
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from support.configurator import REMOVED, UserError
+from support.files import atomic_write, load_torch, lock, writing
+from support.values import log_files, read_log, write_log
+
+FORMAT = 1  # of ckpt.pt; those without a number are of the code before it was written, and read the same
+CHECKPOINT = ("model", "optimizer", "model_args", "iter_num", "position", "negative", "knobs", "fingerprint")
+CHECKPOINT += ("metrics_bytes", "order", "val_gradients", "val_sets")
+
+# what may change between the start of a run and its resumption, because the numbers do not depend on it
+FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
+FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name", "process_timeout"}
+
+
+class RunFolder:
+    """
+    The folder knobs.out_dir of a run of these `ranks`; `identity` is what a checkpoint of the same run must share: the
+    fingerprint of the corpus, {name: fingerprint} of val_sets and the digest of the order. Rank 0 writes, and holds a
+    lock until `stack` is closed.
+
+    Raises UserError where another process writes there, or a run has begun there and is not to be resumed.
+    """
+
+    def __init__(self, knobs, ranks, identity, stack):
+        self.knobs, self.ranks, self.identity = knobs, ranks, identity
+        self.path = knobs.out_dir
+        self.ckpt_path, self.metrics_path = (os.path.join(self.path, name) for name in ("ckpt.pt", "metrics.jsonl"))
+        self.resumed = knobs.init_from == "resume"
+        self.entries = []  # the dot products since the last checkpoint, left on the device
+        self.wandb = None
+        if ranks.rank > 0:
+            return
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self.metrics = stack.enter_context(open(self.metrics_path, "ab", buffering=0))  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"--out_dir={self.path}: {self.metrics_path}: {error.strerror}") from error
+        lock(self.metrics, self.path)
+        # Nothing is in the metrics before the first checkpoint: without either, a run was killed before it began.
+        begun = os.path.exists(self.ckpt_path) or os.path.getsize(self.metrics_path) or log_files(self.path)
+        if begun and not self.resumed:
+            mend = "go on with --init_from=resume or choose another --out_dir"
+            raise UserError(f"{self.path}: holds a run already; {mend}")
+
+    def checkpoint(self):
+        """
+        The checkpoint that the run starts from, its own or the weights of another, or None. Raises UserError where it
+        is to be resumed and is not this very run's.
+        """
+        knobs = self.knobs
+        if not self.resumed:
+            weights = ("model", "model_args")
+            is_file = knobs.init_from.endswith(".pt")
+            return load_torch(knobs.init_from, weights, "give another --init_from") if is_file else None
+        mend = "start the run with --init_from=scratch, in another --out_dir if this one holds one"
+        found = load_torch(self.ckpt_path, CHECKPOINT, mend)
+        if found.get("format", 0) > FORMAT:
+            mend = "resume it with the code that wrote it"
+            raise UserError(f"{self.ckpt_path}: its format is {found['format']}, this code knows {FORMAT}; {mend}")
+        if found["fingerprint"] != self.identity["fingerprint"]:
+            mend = "choose another --out_dir or --dataset"
+            raise UserError(f"{self.ckpt_path}: trained on another corpus than --dataset={knobs.dataset}; {mend}")
+        sets = self.identity["val_sets"]
+        changed = [name for name in sets if found["val_sets"].get(name, sets[name]) != sets[name]]
+        if changed:
+            which = f"{', '.join(changed)} is another corpus than {self.ckpt_path} began with"
+            raise UserError(f"--val_sets={knobs.val_sets}: {which}; bring it back, or train anew in another --out_dir")
+        then, now = found["knobs"], asdict(knobs)
+        for key, (default, why) in REMOVED.items():
+            if then.get(key, default) != default:
+                raise UserError(f"{self.ckpt_path}: its run has {key} = {then[key]}, a knob that is gone: {why}")
+        for key in now:
+            if key not in FREE_KNOBS and then.get(key) != now[key]:
+                mend = f"resume with --{key}={then.get(key)}"
+                raise UserError(f"{self.ckpt_path}: its run has {key} = {then.get(key)}, not {now[key]}; {mend}")
+        if found["order"] != self.identity["order"]:
+            mend = "bring its values.npz back, or train anew in another --out_dir"
+            raise UserError(
+                f"--filter_from={knobs.filter_from}: other windows than {self.ckpt_path} began with; {mend}"
+            )
+        knobs.init_from = then["init_from"]  # what config.json shall go on saying
+        return found
+
+    def cut_back(self, checkpoint):
+        """
+        Remove what the interrupted run did after its checkpoint: it is about to happen again. Raises UserError where
+        metrics.jsonl or the log end before it.
+        """
+        self.ranks.barrier()  # all have seen the folder as it was
+        if self.ranks.rank > 0:
+            return
+        for path in glob.glob(os.path.join(glob.escape(self.path), "**", "*.tmp"), recursive=True):
+            os.remove(path)
+        found, said = os.path.getsize(self.metrics_path), checkpoint["metrics_bytes"]
+        if found < said:
+            what = f"truncated, {found:,} bytes of {said:,}"
+            raise UserError(f"{self.metrics_path}: {what}; train anew in another --out_dir")
+        os.truncate(self.metrics_path, said)
+        iter_num, values_path = checkpoint["iter_num"], os.path.join(self.path, "values.npz")
+        later = [path for n, path in log_files(self.path).items() if n > iter_num]
+        if iter_num < self.knobs.max_iters and os.path.exists(values_path):
+            later.append(values_path)
+        for path in later:
+            os.remove(path)
+        if self.knobs.score and iter_num:  # damage is better known now than at the end
+            reached = int(read_log(self.path)["iter"][-1]) + 1
+            if reached != iter_num:
+                raise UserError(f"{self.path}/dot_prod: ends at iteration {reached}, {self.ckpt_path} at {iter_num}")
+
+    def describe(self, model, coverage):
+        """Write config.json, everything that it takes to repeat the run, and begin its record at W&B."""
+        if self.ranks.rank > 0:
+            return
+        knobs = self.knobs
+        git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            commit = "not a git checkout"
+        on_gpu = torch.device(knobs.device).type == "cuda"
+        processor = torch.cuda.get_device_name(knobs.device) if on_gpu else platform.processor() or platform.machine()
+        description = {
+            "knobs": asdict(knobs),
+            "fingerprint": self.identity["fingerprint"],
+            "model": asdict(model.config),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "coverage": coverage,
+            "commit": commit,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "hardware": {"device": processor, "threads": torch.get_num_threads()},
+            "val_sets": self.identity["val_sets"],
+        }
+        with atomic_write(os.path.join(self.path, "config.json")) as file:
+            file.write(json.dumps(description, indent=1).encode())
+        print(f"{description['parameters']:,} parameters on {self.ranks.world} x {knobs.device}, {knobs.dtype}")
+        if knobs.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb_log=True: pip install wandb") from None
+            wandb.init(project=knobs.wandb_project, name=knobs.wandb_run_name, config=asdict(knobs))
+            self.wandb = wandb
+
+    def record(self, metrics, line):
+        """Append the dict `metrics` to metrics.jsonl, and print `line`."""
+        if self.ranks.rank > 0:
+            return
+        text = json.dumps(metrics).encode() + b"\n"
+        with writing(self.metrics_path):
+            if self.metrics.write(text) < len(text):  # the rest of the line would fail
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        tqdm.write(line)
+        if self.wandb:
+            self.wandb.log(metrics)
+
+    def save(self, state, directions):
+        """
+        Write the dot products since the last checkpoint, of `directions`, their names, and then the checkpoint, so
+        that the log is never behind it. `state` is what the run itself needs to go on.
+        """
+        if self.entries:
+            dots = self.ranks.gather(torch.stack([entry["dot_product"] for entry in self.entries]))  # (k, B, K)
+            if self.ranks.rank == 0:
+                logged = [entry | {"dot_product": row} for entry, row in zip(self.entries, dots, strict=True)]
+                write_log(self.path, state["iter_num"], logged, directions)
+            self.entries.clear()
+        if self.ranks.rank > 0:
+            return
+        with writing(self.metrics_path):
+            os.fsync(self.metrics.fileno())
+        said = dict(format=FORMAT, knobs=asdict(self.knobs), metrics_bytes=os.path.getsize(self.metrics_path))
+        with atomic_write(self.ckpt_path) as file:
+            torch.save(state | self.identity | said, file)
+
+    def stop(self, message):
+        """Raise UserError: something is wrong with the numbers of the run."""
+        kept = f"; the last checkpoint in {self.path} is whole" if os.path.exists(self.ckpt_path) else ""
+        raise UserError(f"{message}; nothing of this iteration is logged{kept}")
