@@ -416,13 +416,15 @@ def train(knobs, rank, world, stack):
 
     lasting = knobs.val_interval > 1 or knobs.val_average > 0  # validation gradients serve more than one iteration
     if knobs.score:
-        data_value.use_triton = False
+        data_value.weight_gradients = {}
         shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type)
-        dtype = getattr(torch, knobs.dtype)
-        faster, reason = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, len(directions))
-        data_value.use_triton = total(torch.tensor(float(faster), device=knobs.device)).item() == world
+        choice, dtype = [None], getattr(torch, knobs.dtype)
         if rank == 0:
-            print(reason)
+            choice[0] = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, len(directions))
+            print(choice[0][1])
+        if world > 1:
+            dist.broadcast_object_list(choice, device=torch.device(knobs.device))
+        data_value.weight_gradients = choice[0][0]
 
     def batch(tokens, ids):
         return get_batch(tokens, ids, knobs.block_size, model.config.vocab_size, knobs.device)

@@ -22,8 +22,8 @@ Which tile, on paper, for an H100 (132 processors of 4,096 bfloat16 operations a
 registers each; 3 TB/s from memory; the L2 cache gives a processor 64 bytes a cycle at best, some 10 TB/s in all):
 - operands: out * in * T products of 2 operations read (out + in) * T * 2 bytes: 128 x 128 reads one byte in 64
   operations, 10 TB/s at 650 TFLOP/s, all that the cache can give; 128 x 256 one in 85, 7.6 TB/s.
-- the direction: a tile of 128 x 256 is 128 KB, 2,048 cycles or more, once for a sample of T = 1,024, which takes 16,384:
-  an eighth more time where nothing hides it. Of 128 x 128, with 4 warps and 255 registers, two programs have room on a
+- the direction: a tile of 128 x 256 is 128 KB, 2,048 cycles or more, once for a sample of T = 1,024, which takes
+  16,384: an eighth more time where nothing hides it. Of 128 x 128, with 4 warps and 255 registers, two programs have room on a
   processor: one multiplies while the other takes its dot.
 - so neither is the better one on paper, and both are timed.
 - registers: a 128 x 256 sum takes 128 of a thread's 255. The direction is read by quarters of columns, so that 32 more
@@ -91,15 +91,16 @@ TILES = {
     (8, 0): {
         torch.bfloat16: [
             POINTERS[torch.bfloat16],
-            Candidate("pointers", 128, 128, 32, 4, 4),
-            Candidate("pointers", 128, 256, 32, 8, 3),
+            Candidate("pointers", 256, 128, 64, 8, 3),
+            Candidate("pointers", 128, 128, 32, 4, 3),
         ],
         torch.float32: FLOAT32,
     },
     (8, 9): {  # 100 KB of shared memory
         torch.bfloat16: [
-            Candidate("pointers", 128, 128, 32, 8, 3, 128),
             Candidate("pointers", 128, 128, 32, 4, 3),
+            Candidate("pointers", 128, 128, 64, 8, 2, 128),
+            Candidate("pointers", 128, 128, 32, 8, 3),
         ],
         torch.float32: FLOAT32,
     },
@@ -222,7 +223,7 @@ if triton is not None:
         total = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
         ks = tl.arange(0, ROOM)
         before = tl.zeros((ROOM,), dtype=tl.float32)
-        for _ in range(0, tl.minimum(samples, B - first)):
+        for _ in tl.range(0, tl.minimum(samples, B - first), disable_licm=True):
             dy_part = dy_sample + (rows[:, None] * dy_stride_c + times[None, :] * dy_stride_t)  # (BLOCK_OUT, BLOCK_T)
             x_part = x_sample + (times[:, None] * x_stride_t + cols[None, :] * x_stride_c)  # (BLOCK_T, BLOCK_IN)
             for t in range(0, T, BLOCK_T):
@@ -240,7 +241,7 @@ if triton is not None:
             # Read again for every sample: it comes from the cache.
             after = tl.zeros((ROOM,), dtype=tl.float32)
             part = direction_ptr + corner
-            for k in range(0, K):
+            for k in tl.range(0, K, disable_licm=True):
                 after = tl.where(ks == k, dot_tile(total, part, OUT - row, IN - col, IN, EVEN), after)
                 part += tl.cast(OUT, tl.int64) * IN
             tl.store(dot + ks, after - before, mask=ks < K)
@@ -268,13 +269,13 @@ if triton is not None:
         corner = row.to(tl.int64) * IN + col
         first = split * length
         last = tl.minimum(first + length, B * steps)
-        sample = first // steps
-        t = first % steps
         dots = dots_ptr + ((split % 2 * tl.num_programs(0) + tile).to(tl.int64) * B) * K
         total = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
         ks = tl.arange(0, ROOM)
         before = tl.zeros((ROOM,), dtype=tl.float32)
-        for step in tl.range(first, last):
+        for step in tl.range(first, last, disable_licm=True):
+            sample = step // steps
+            t = step - sample * steps
             dy = dy_desc.load([sample, t * BLOCK_T, row]).reshape(BLOCK_T, BLOCK_OUT)
             x = x_desc.load([sample, t * BLOCK_T, col]).reshape(BLOCK_T, BLOCK_IN)
             if UPCAST:
@@ -288,14 +289,11 @@ if triton is not None:
             if end:
                 after = tl.zeros((ROOM,), dtype=tl.float32)
                 part = direction_ptr + corner
-                for k in range(0, K):
+                for k in tl.range(0, K, disable_licm=True):
                     after = tl.where(ks == k, dot_tile(total, part, OUT - row, IN - col, IN, EVEN), after)
                     part += tl.cast(OUT, tl.int64) * IN
                 tl.store(dots + sample * K + ks, after - before, mask=ks < K)
                 before = after
-            # Outside the `if`, so that the loads of later steps need not wait for it.
-            t = tl.where(end, 0, t + 1)
-            sample = tl.where(end, sample + 1, sample)
         store_tile(total, dw_ptr + split.to(tl.int64) * OUT * IN + corner, OUT - row, IN - col, IN, EVEN, ADD)
 
     @triton.jit(do_not_specialize=["B", "samples", "size"])
@@ -588,7 +586,9 @@ def measure(run, shape, dtype, K, device, timer):
     exact_dots, exact_dw = exact(x, dy, direction)
     errors = [((a - b).norm() / b.norm()).item() for a, b in ((dots, exact_dots), (dw, 2 * exact_dw))]
     del exact_dw
-    return dict(error=max(errors) if min(errors) >= 0 else float("nan"), ms=timer(lambda: run(dw, x, dy, direction, False)))
+    return dict(
+        error=max(errors) if min(errors) >= 0 else float("nan"), ms=timer(lambda: run(dw, x, dy, direction, False))
+    )
 
 
 def attempt(candidate, shape, dtype, K, device, plain, timer):
@@ -673,7 +673,9 @@ def choose(device, shapes, dtype, plain, K=1, seconds=20.0):
     shapes = sorted(set(map(tuple, shapes)))
     key = json.dumps([*versions, str(dtype), K, shapes])
     with torch.cuda.device(device):
-        return remembered(key, shapes, listed, lambda: compare(device, shapes, dtype, plain, K, listed, cuda_ms, seconds))
+        return remembered(
+            key, shapes, listed, lambda: compare(device, shapes, dtype, plain, K, listed, cuda_ms, seconds)
+        )
 
 
 def compare(device, shapes, dtype, plain, K, listed, timer, seconds):
