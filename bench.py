@@ -228,11 +228,11 @@ def memory_mb(field):
 
 
 def choose_kernel(knobs, model):
-    """Use the Triton kernel where it is the faster one; the reason."""
-    data_value.use_triton = False
+    """Use the fastest weight gradients; the reason."""
+    data_value.weight_gradients = {}
     dtype, device_type = getattr(torch, knobs.dtype), knobs.device.split(":")[0]
     shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type, dtype)
-    data_value.use_triton, reason = kernels.choose(
+    data_value.weight_gradients, reason = kernels.choose(
         knobs.device, shapes, dtype, data_value.add_samples, knobs.n_directions
     )
     return reason
@@ -332,7 +332,7 @@ def main():
         print(json.dumps(result))
         return
     tokens = f"{knobs.batch_size} x {knobs.block_size} tokens, m = {knobs.val_batch_size}"
-    print(f"{result['parameters']:,} parameters, {tokens}; {result['kernel']}")
+    print(f"{result['parameters']:,} parameters, {tokens}\n{result['kernel']}")
     print(f"{'':8}{'ms':>10}{'peak MB':>10}" + ("     MFU" if "scored_mfu" in result else ""))
     for arm in ("stock", "plain", "val", "scored", "order2", "brute"):
         peak, mfu = result.get(f"{arm}_peak_mb"), result.get(f"{arm}_mfu")

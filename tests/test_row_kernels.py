@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from support import row_kernels
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_gpu = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(row_kernels.triton is None, reason="triton is not installed")
 DTYPES = [torch.float32, torch.bfloat16]
 # Of a gradient. bfloat16 has 8 bits: rounded as a GPU does it is off by up to 2^-8, cut off as the interpreter does, by
