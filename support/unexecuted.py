@@ -3,6 +3,7 @@
 import linecache
 import os
 import sys
+import threading
 import types
 
 
@@ -14,7 +15,11 @@ def watch(paths):
         executed.add((frame.f_code.co_filename, frame.f_lineno))
         return in_file
 
-    sys.settrace(lambda frame, event, argument: in_file if frame.f_code.co_filename in paths else None)
+    def in_process(frame, event, argument):
+        return in_file if frame.f_code.co_filename in paths else None
+
+    sys.settrace(in_process)
+    threading.settrace(in_process)
     return executed
 
 

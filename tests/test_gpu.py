@@ -96,10 +96,11 @@ def test_the_rehearsal_runs_every_stage_and_executes_almost_every_line(tmp_path)
     run = gpu_script(f"--out={tmp_path}/out", f"--data={tmp_path}/none")
     assert run.returncode == 0, run.stdout + run.stderr
     stages, text = results_of(f"{tmp_path}/out")
-    assert [stage["status"] for stage in stages.values()] == ["passed"] * 5
+    assert [stage["status"] for stage in stages.values()] == ["passed"] * 6
     keys = {number: set().union(*stage["figures"]) for number, stage in stages.items()}
-    assert {"torch", "triton", "cores", "copy_gb_per_s", "product_tflops"} <= keys[1]
-    assert {"tests", "SKIPPED"} <= keys[2] and {"tokenizer"} <= keys[5]
+    assert {"gpu", "torch", "triton", "cores"} <= keys[0] and {"copy_gb_per_s", "product_tflops"} <= keys[1]
+    assert {"tests", "SKIPPED"} <= keys[2] and {"head", "candidate", "tflops"} <= keys[3]
+    assert {"tokenizer", "scored_s", "test_loss", "nats"} <= keys[5]
     arms = {row["arm"] for row in stages[4]["figures"] if "first_s" in row}
     assert arms == {"plain", "scored", "stock", "val", "scored4", "val4", "order2"}
     *_, last = (row for row in stages[4]["figures"] if "overhead" in row)
