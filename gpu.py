@@ -18,10 +18,8 @@ import glob
 import json
 import math
 import os
-import platform
 import re
 import runpy
-import shutil
 import signal
 import statistics
 import subprocess
@@ -31,16 +29,15 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 
 from support.carry import pack
 from support.configurator import UserError, configure
+from support.stages import about_the_machine, end_of, shown, supervise, write_results
 from support.unexecuted import print_unexecuted, watch
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = [f"{ROOT}/gpu.py", f"{ROOT}/study/gpt2.py"]
+SCRIPTS = [f"{ROOT}/gpu.py", f"{ROOT}/support/stages.py", f"{ROOT}/study/gpt2.py"]
 
 
 @dataclass
@@ -119,9 +116,10 @@ def gpu_tests(knobs, report):
                     report(test=said.strip())
         timer.cancel()
         report(tests=os.path.basename(path), **outcomes)
+        passed.update(outcomes)
         return tests.returncode
 
-    paths = []
+    paths, passed = [], Counter()
     for path in sorted(glob.glob(f"{ROOT}/tests/test_*.py")):
         with open(path, encoding="utf-8") as file:
             paths += [os.path.relpath(path, ROOT)] if "pytest.mark.gpu" in file.read() else []
@@ -129,6 +127,7 @@ def gpu_tests(knobs, report):
         codes = list(pool.map(run, paths))
     failed = [path for path, code in zip(paths, codes, strict=True) if code not in (0, 5)]  # 5: it has none for now
     assert not failed, f"failed, or not at the end after {knobs.seconds:.0f} s: {', '.join(failed)}"
+    assert passed["PASSED"] or not knobs.cuda, "no test has found a GPU"
 
 
 def candidates(knobs, report):
@@ -278,31 +277,8 @@ def limit_of(stage, waiting, left):
     return left * STAGES[stage][1] / sum(STAGES[other][1] for other in waiting)
 
 
-def supervise(command, limit, log):
-    """Run a command for at most `limit` seconds, its output to `log` and to ours: its status, None if it was killed."""
-    end = time.monotonic() + limit
-    with open(log, "wb") as file, open(log, "rb") as written:
-        # a group of its own, so that its children end with it
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            while process.poll() is None and time.monotonic() < end:
-                time.sleep(0.05)
-                sys.stdout.buffer.write(written.read())
-                sys.stdout.flush()
-            return process.poll()
-        finally:
-            with suppress(ProcessLookupError):  # there may be none of the group
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            sys.stdout.buffer.write(written.read())
-            sys.stdout.flush()
-
-
 def run_stage(knobs, executed):
     """The stage knobs.stage in this process."""
-    from bench import Knobs as BenchKnobs
-
-    BenchKnobs(device=knobs.device)  # raises UserError where there is no GPU
     with open(f"{knobs.work}/stage_{knobs.stage}.jsonl", "a", encoding="utf-8") as file:
 
         def report(**figures):
@@ -317,38 +293,6 @@ def run_stage(knobs, executed):
                 json.dump(sorted(executed), lines)
 
 
-def shown(value):
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-def markdown(stages):
-    """gpu.md: of each stage how it ended, a table for each kind of figures, and the last lines of a failure."""
-    lines = ["# What `make gpu` measured"]
-    for stage in stages:
-        lines += ["", f"## {stage['stage']}. {stage['what']}", "", f"{stage['status']}, {stage['seconds']:.0f} s"]
-        columns = None
-        for row in stage["figures"]:
-            if list(row) != columns:
-                columns = list(row)
-                lines += ["", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-            lines.append(f"| {' | '.join(shown(value).replace('|', '/') for value in row.values())} |")
-        lines += ["", "```", *stage["last_lines"], "```"] if stage["last_lines"] else []
-    return "\n".join(lines) + "\n"
-
-
-def about_the_machine():
-    """The card, its driver and the versions, in the shape of a stage's result."""
-    query = (
-        "nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.memory,power.limit --format=csv,noheader"
-    )
-    gpu = subprocess.run(query, shell=True, capture_output=True, text=True).stdout.strip() or "no nvidia-smi"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = {name: metadata.version(name) for name in ("torch", "triton", "numpy", "tiktoken", "pyarrow")}
-    figures = [dict(gpu=gpu), dict(system=platform.platform(), cores=os.cpu_count(), memory_gb=memory)]
-    figures.append(dict(python=platform.python_version()) | versions)
-    return dict(stage=0, what="Where this ran.", status="passed", seconds=0.0, figures=figures, last_lines=[])
-
-
 def study_figures(path):
     """What study/gpt2.py has kept so far, as figures."""
     with open(path, encoding="utf-8") as file:
@@ -356,30 +300,7 @@ def study_figures(path):
     arms = [{key: line[key] for key in ("arm", "order", "afresh", "seconds")} for line in state["arms"]]
     for arm, line in zip(arms, state["arms"], strict=True):
         arm |= dict(iters=line["iters"][-1], test_loss=line["test_loss"][-1])
-    final = [dict(final=name, nats=mean, half_of_95=half) for name, (mean, half) in state["final"].items()]
-    return [state["plan"], *arms, *final]
-
-
-def keep(knobs, work, stages):
-    """Write what there is to knobs.out: six files, none above 16 MB."""
-    logs = [f"{work}/stage_{stage['stage']}.log" for stage in stages[1:]]
-    texts = {"gpu.json": json.dumps(dict(knobs=asdict(knobs), stages=stages), indent=1), "gpu.md": markdown(stages)}
-    texts["log.txt"] = "".join(f"{log}\n{lines_of(log, 2**21)}" for log in logs)
-    for name, text in texts.items():
-        with open(f"{work}/{name}", "w", encoding="utf-8") as file:
-            file.write(text)
-    study = {"metrics.json": "gpt2.json", "figure.png": "gpt2.png", "baseline/values.npz": "gpt2_values.npz"}
-    files = {f"{work}/{name}": name for name in texts} | {f"{work}/gpt2/{path}": name for path, name in study.items()}
-    for path, name in files.items():
-        if os.path.exists(path) and os.path.getsize(path) < 2**24:
-            shutil.copy(path, f"{work}/copy")  # on another file system, perhaps: whole or absent
-            shutil.move(f"{work}/copy", f"{knobs.out}/{name}")
-
-
-def lines_of(path, most):
-    """The last `most` bytes of a log as text."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()[-most:]
+    return [state["plan"], *arms, *(dict(final=name, nats=found) for name, found in state["final"].items())]
 
 
 def measure(knobs, work, executed):
@@ -402,12 +323,14 @@ def measure(knobs, work, executed):
                 result["figures"] = [json.loads(line) for line in file if line.endswith("\n")]
         if stage == 5 and os.path.exists(f"{work}/gpt2/metrics.json"):
             result["figures"] += study_figures(f"{work}/gpt2/metrics.json")
-        result["last_lines"] = lines_of(log, 4000).splitlines()[-30:] if status != 0 else []
+        result["last_lines"] = end_of(log, 4000).splitlines()[-30:] if status != 0 else []
         if os.path.exists(f"{work}/lines_{stage}.json"):
             with open(f"{work}/lines_{stage}.json", encoding="utf-8") as file:
                 executed |= set(map(tuple, json.load(file)))
         stages.append(result)
-        keep(knobs, work, stages)
+        study = {"metrics.json": "gpt2.json", "figure.png": "gpt2.png", "baseline/values.npz": "gpt2_values.npz"}
+        files = {f"{work}/gpt2/{path}": name for path, name in study.items()}
+        write_results(knobs.out, stages, files, [f"{work}/stage_{one['stage']}.log" for one in stages[1:]])
     return stages
 
 

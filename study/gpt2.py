@@ -7,9 +7,9 @@ A few scored iterations tell what a step takes. A baseline of N iterations, as m
 trial, values its windows with the directions of config/baseline_best.py. The trial starts every arm from the baseline's
 checkpoint, for N / 10 iterations in which the learning rate falls to zero: the control, the filtered one
 (filter_negative) and one that drops the same share at random, with the same window in every slot that two arms both
-accept. It is repeated in other orders while there is time. When four have ended and there is time for all three arms,
-they are trained afresh as well, for N / 2 iterations. Every run is a run of train.py; what has ended is in metrics.json
-and in the figure at once, and what is there is not run again.
+accept. It is repeated in other orders while there is time; when four have ended and all three arms fit, they are
+trained afresh as well, for N / 2 iterations. Every run is one of train.py. What has ended is at once in metrics.json
+and figure.png, and is not run again.
 """
 
 import json
@@ -72,9 +72,8 @@ ARMS = ("control", "filtered", "random")
 
 def train(knobs, folder, **flags):
     """A run of train.py, gone on with where it was interrupted: its seconds. Raises UserError where it fails."""
-    ours = ("minutes", "orders", "max_iters", "out_dir")
-    flags = {key: value for key, value in asdict(knobs).items() if key not in ours} | flags | dict(out_dir=folder)
-    flags |= dict(eval_iters=16, checkpoint_interval=10**9)
+    theirs = {key: value for key, value in asdict(knobs).items() if key not in ("minutes", "orders")}
+    flags = theirs | dict(eval_iters=16, checkpoint_interval=10**9) | flags | dict(out_dir=folder)
     flags |= dict(init_from="resume") if os.path.exists(f"{folder}/ckpt.pt") else {}
     command = [sys.executable, f"{ROOT}/train.py", *(f"--{key}={value}" for key, value in flags.items())]
     started = time.perf_counter()
@@ -99,8 +98,8 @@ def measure_step(knobs):
     seconds, lines = scored_run(knobs, f"{knobs.out_dir}/step", 17, 1000, 8)
     shutil.rmtree(f"{knobs.out_dir}/step")
     last = [line for line in lines if "step_ms" in line][-1]  # of iterations 9 to 16: the first ones compile
-    scored, val = last["step_ms"] / 1000, last["val_ms"] / 1000
-    return dict(scored_s=scored, plain_s=scored - val, run_s=seconds - 17 * scored)
+    scored = last["step_ms"] / 1000
+    return dict(scored_s=scored, plain_s=scored - last["val_ms"] / 1000, run_s=seconds - 17 * scored)
 
 
 def iterations_that_fit(seconds, step, most):
@@ -130,8 +129,8 @@ def arm_run(knobs, plan, arm, order, afresh):
     seconds = train(knobs, folder, init_from="scratch" if afresh else f"{baseline}/ckpt.pt", **flags)
     run = read_run(folder)
     os.remove(f"{folder}/ckpt.pt")  # 1.5 GB
-    losses = dict(iters=run.iters.tolist(), test_loss=run.losses.tolist())
-    return dict(arm=arm, order=order, afresh=afresh, seconds=seconds) | losses
+    line = dict(arm=arm, order=order, afresh=afresh, seconds=seconds)
+    return line | dict(iters=run.iters.tolist(), test_loss=run.losses.tolist())
 
 
 def differences(lines, arm, afresh=False):
@@ -173,7 +172,7 @@ def main():
     knobs = configure(Knobs, sys.argv[1:])
     end, baseline = time.monotonic() + 60 * knobs.minutes, f"{knobs.out_dir}/baseline"
     os.makedirs(knobs.out_dir, exist_ok=True)
-    state = dict(plan={}, arms=[])
+    state = dict(plan={}, arms=[])  # of metrics.json
     if os.path.exists(f"{knobs.out_dir}/metrics.json"):
         with open(f"{knobs.out_dir}/metrics.json", encoding="utf-8") as file:
             state = json.load(file)
@@ -205,7 +204,6 @@ def main():
             print(arm, f"order {order}", "afresh" * afresh, f"{state['arms'][-1]['test_loss'][-1]:.4f}", flush=True)
     for name, (mean, half) in state["final"].items():
         print(f"{name}: {mean:+.4f} nats", f"+- {half:.4f}, 95% of the mean over orders" if half else "")
-    print(f"{knobs.out_dir}: metrics.json, figure.png, baseline/values.npz")
 
 
 if __name__ == "__main__":

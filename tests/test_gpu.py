@@ -23,7 +23,7 @@ import bench
 import data_value
 import gpu
 import train
-from support import carry, unexecuted
+from support import carry, stages, unexecuted
 
 sys.path.insert(0, f"{ROOT}/study")
 
@@ -87,25 +87,25 @@ def gpu_script(*flags):
 
 def results_of(folder):
     with open(f"{folder}/gpu.json", encoding="utf-8") as file:
-        stages = json.load(file)["stages"]
+        results = {stage["stage"]: stage for stage in json.load(file)}
     with open(f"{folder}/gpu.md", encoding="utf-8") as file:
-        return {stage["stage"]: stage for stage in stages}, file.read()
+        return results, file.read()
 
 
 def test_the_rehearsal_runs_every_stage_and_executes_almost_every_line(tmp_path):
     run = gpu_script(f"--out={tmp_path}/out", f"--data={tmp_path}/none")
     assert run.returncode == 0, run.stdout + run.stderr
-    stages, text = results_of(f"{tmp_path}/out")
-    assert [stage["status"] for stage in stages.values()] == ["passed"] * 6
-    keys = {number: set().union(*stage["figures"]) for number, stage in stages.items()}
+    results, text = results_of(f"{tmp_path}/out")
+    assert [stage["status"] for stage in results.values()] == ["passed"] * 6
+    keys = {number: set().union(*stage["figures"]) for number, stage in results.items()}
     assert {"gpu", "torch", "triton", "cores"} <= keys[0] and {"copy_gb_per_s", "product_tflops"} <= keys[1]
     assert {"tests", "SKIPPED"} <= keys[2] and {"head", "candidate", "tflops"} <= keys[3]
     assert {"tokenizer", "scored_s", "test_loss", "nats"} <= keys[5]
-    arms = {row["arm"] for row in stages[4]["figures"] if "first_s" in row}
+    arms = {row["arm"] for row in results[4]["figures"] if "first_s" in row}
     assert arms == {"plain", "scored", "stock", "val", "scored4", "val4", "order2"}
-    *_, last = (row for row in stages[4]["figures"] if "overhead" in row)
+    *_, last = (row for row in results[4]["figures"] if "overhead" in row)
     assert set(last) == {"val_batch_size", "overhead", "total", "plain_over_stock", "val_over_plain"}
-    for stage in stages.values():
+    for stage in results.values():
         assert f"## {stage['stage']}. {stage['what']}" in text and stage["figures"]
     assert re.search(r"\| torch \|", text) and torch.__version__ in text
 
@@ -125,9 +125,9 @@ def test_a_stage_that_fails_leaves_the_others_figures_and_its_last_lines(tmp_pat
     (tmp_path / "data" / "corpus.parquet").write_bytes(b"PAR1 no parquet")
     run = gpu_script(f"--out={tmp_path}/out", f"--data={tmp_path}/data", "--stages=5,1")
     assert run.returncode == 1, run.stdout + run.stderr
-    stages, text = results_of(f"{tmp_path}/out")
-    assert stages[5]["status"] == "failed with status 1" and stages[1]["status"] == "passed"
-    assert any("product_tflops" in row for row in stages[1]["figures"])
+    results, text = results_of(f"{tmp_path}/out")
+    assert results[5]["status"] == "failed with status 1" and results[1]["status"] == "passed"
+    assert any("product_tflops" in row for row in results[1]["figures"])
     assert "corpus.parquet: could not be read" in text and "corpus.parquet: could not be read" in run.stdout
 
 
@@ -135,7 +135,7 @@ def test_a_stage_that_hangs_is_killed_with_its_children_and_what_it_said_stays(t
     child = "import time; time.sleep(60)"
     code = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', '{child}']); print(c.pid, flush=True)"
     started = time.monotonic()
-    assert gpu.supervise([sys.executable, "-c", f"{code}; c.wait()"], 2.0, f"{tmp_path}/log") is None
+    assert stages.supervise([sys.executable, "-c", f"{code}; c.wait()"], 2.0, f"{tmp_path}/log") is None
     assert time.monotonic() - started < 30
     pid = int((tmp_path / "log").read_text())
     assert capfdbinary.readouterr().out == b"%d\n" % pid
