@@ -216,18 +216,44 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, alpha, weight_direction, bias_direction, eps):
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd, weight_direction, bias_direction)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, weight_direction, bias_direction)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, mean, rstd, weight_direction, bias_direction = ctx.saved_tensors
+        x, weight, bias, mean, rstd, weight_direction, bias_direction = ctx.saved_tensors
+        if x.is_cuda:
+            dx, dw, db = layer_norm_gradients(dy, x, mean, rstd, weight, bias)
+            dots = layer_norm_dots(dy, x, mean, rstd, weight_direction, bias_direction)
+            return dx, dw, db, dots, None, None, None
         backward = torch.ops.aten.native_layer_norm_backward
         dx, _, _ = backward(dy, x, weight.shape, mean, rstd, weight, None, [True, False, False])
         sample_dw = (x - mean).mul_(rstd).mul_(dy).sum(1)  # (B, C)
         db, bias_dot = _bias_grad(dy, bias_direction)
         return dx, sample_dw.sum(0), db, _dot(sample_dw, weight_direction) + bias_dot, None, None, None
+
+
+def layer_norm_gradients(dy, x, mean, rstd, weight, bias):
+    """The gradients of x, weight and bias, None without one, as torch.nn's own backward pass has them."""
+    mask = [True, True, bias is not None]
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
+    return dx, dw, db if bias is not None else None
+
+
+def layer_norm_dots(dy, x, mean, rstd, weight_direction, bias_direction):
+    """
+    dy and x (B, T, C), mean and rstd (B, T, 1), the directions (K, C), that of the bias None without one -> the dots,
+    (B, K). A token's part is the sum over its row of dY * (xhat * D_w + D_b), and dx needs two such sums anyway: so
+    torch.compile puts all of them, and those over columns for dW and db, into the one kernel that a stock layer norm's
+    backward pass is, and x and dY are read once. Sums over T of every sample, (B, C), run across the rows: that is a
+    second kernel, which reads both again. (A kernel of ours would be worse still: nothing fuses with it, so that the
+    residual's addition and the casts to bfloat16 before and behind it would go through memory.)
+    """
+    xhat = (x - mean) * rstd
+    shifts = [0] * len(weight_direction) if bias_direction is None else bias_direction.unbind()
+    changes = zip(weight_direction.unbind(), shifts, strict=True)  # of the output, along each direction
+    return torch.stack([(dy * (xhat * scale + shift)).sum(2).sum(1) for scale, shift in changes], 1)
 
 
 class LossHead(Linear):
