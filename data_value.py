@@ -347,7 +347,7 @@ def head_loss(
             dy = None  # the last slice's goes first: no second tensor of this size, so no log_softmax either
             if fused:  # the logits stay as the product gives them; their gradient takes their place
                 dy = x[part] @ weight.T
-                scale, index = 1 / (B * T), targets[part].flatten()
+                scale, index = 1 / (B * T), targets[part].contiguous().view(-1)
                 loss += row_kernels.cross_entropy_rows(dy.flatten(0, 1), index, scale, backward).sum()
                 if not backward:
                     continue

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_dots import _LiveStorages
 from torch.nn import functional as F
 
 import data_value
@@ -276,6 +277,18 @@ def test_the_head_on_a_gpu_equals_float64_of_its_logits(interpreter, dtype, tole
         assert not ours.numel() or relative_error(ours, theirs.double()) < tolerance
 
 
+def test_one_slice_of_logits_exists_at_a_time_on_a_gpu(monkeypatch):
+    """With nothing of its size beside it: the products of float32 make none on a CPU either."""
+    x, weight, targets, direction = head_problem(torch.float32, B=2, T=600, V=50, C=4)
+    monkeypatch.setattr(row_kernels, "runs_on", lambda x: True)
+    monkeypatch.setattr(row_kernels, "cross_entropy_rows", lambda logits, *_: logits.mul_(0)[:, 0])
+    monkeypatch.setattr(data_value, "head_slice", lambda *_: (1, 300))
+    for arguments in ((None, False), (None, True), (direction, True)):
+        with _LiveStorages(300 * 50) as live:
+            data_value.head_loss.function(x, weight, targets, *arguments)
+        assert live.most == 1
+
+
 def test_slices_keep_the_bytes_of_the_logits_bounded():
     """GPT-2's batch on a GPU: two slices, of float32 four; on a CPU the same slices whatever the dtype."""
     gpt2 = 16, 1024, 50304
@@ -364,6 +377,18 @@ def test_gpt2s_head_on_a_gpu(monkeypatch, dtype, tolerance, K, head_slice):
     assert relative_error(found[0], oracle) < 1e-6
     for ours, theirs in zip(found[1 : len(exact)], exact[1:], strict=True):
         assert relative_error(ours, theirs) < tolerance
+
+
+@needs_gpu
+@pytest.mark.parametrize("several", [(), (3,)], ids=["one", "several"])
+@pytest.mark.parametrize("beta", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_join_float32_sums_on_a_gpu(dtype, beta, several):
+    """Of bfloat16 too; with beta = 0 what was there, not a number, does not matter."""
+    a, b = torch.randn(*several, 70, 300, device="cuda").to(dtype).mT, torch.randn(*several, 70, 50, device="cuda")
+    b, sums = b.to(dtype), torch.full((*several, 300, 50), 0.5 if beta else float("nan"), device="cuda")
+    data_value.add_products(sums, a, b, beta)
+    assert relative_error(sums, a.double() @ b.double() + 0.5 * beta) < 1e-5
 
 
 @needs_triton
