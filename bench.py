@@ -237,8 +237,8 @@ def measure(knobs):
     stock.step(), ours.step()
     ours.model.load_state_dict(stock.model.state_dict())
     data_value.use_triton = False
-    shapes = weight_gradient_shapes(ours.model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0])
-    dtype = getattr(torch, knobs.dtype)
+    dtype, device_type = getattr(torch, knobs.dtype), knobs.device.split(":")[0]
+    shapes = weight_gradient_shapes(ours.model, knobs.batch_size, knobs.block_size, device_type, dtype)
     kernel = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, knobs.n_directions)
     data_value.use_triton = kernel[0]
 

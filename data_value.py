@@ -26,6 +26,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from support import row_kernels
 from support.kernels import add_samples_triton
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,14 +86,16 @@ def _bias_grad(dy, direction):
 def operator(function):
     """
     The function of tensors as torch.ops.data_value.<its name>, which torch.compile sees as one node; to be called
-    without grad. (custom_op does the same, and checks at every call that no output is an input, 1% of a step at the
-    demo's shape; a test does it once.)
+    without grad; `.function` is the function itself. (custom_op does the same, and checks at every call that no output
+    is an input, 1% of a step at the demo's shape; a test does it once.)
     """
     name = f"data_value::{function.__name__}"
     schema = torch.library.infer_schema(function, mutates_args=())
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", function)
-    return getattr(torch.ops.data_value, function.__name__)
+    registered = getattr(torch.ops.data_value, function.__name__)
+    registered.function = function
+    return registered
 
 
 use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the kernel correct and faster
@@ -159,12 +162,12 @@ def add_samples(dw, x, dy, direction, running):
 
 def add_products(sums, a, b, beta=1):
     """sums = beta * sums + a @ b, one product or several, accumulated in the dtype of sums, in place."""
-    add, product = (sums.addmm_, torch.mm) if sums.dim() == 2 else (sums.baddbmm_, torch.bmm)
+    one = sums.dim() == 2
+    add = sums.addmm_ if one else sums.baddbmm_
     if a.dtype == sums.dtype:
         add(a, b, beta=beta)
     elif sums.is_cuda and sums.dtype == torch.float32:  # only there has a product of bfloat16 a float32 result
-        products = product(a, b, out_dtype=sums.dtype)
-        sums.add_(products) if beta else sums.copy_(products)
+        (torch.addmm if one else torch.baddbmm)(sums, a, b, out_dtype=sums.dtype, beta=beta, out=sums)
     else:
         add(a.to(sums.dtype), b.to(sums.dtype), beta=beta)
 
@@ -209,18 +212,44 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, alpha, weight_direction, bias_direction, eps):
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd, weight_direction, bias_direction)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, weight_direction, bias_direction)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, mean, rstd, weight_direction, bias_direction = ctx.saved_tensors
+        x, weight, bias, mean, rstd, weight_direction, bias_direction = ctx.saved_tensors
+        if x.is_cuda:
+            dx, dw, db = layer_norm_gradients(dy, x, mean, rstd, weight, bias)
+            dots = layer_norm_dots(dy, x, mean, rstd, weight_direction, bias_direction)
+            return dx, dw, db, dots, None, None, None
         backward = torch.ops.aten.native_layer_norm_backward
         dx, _, _ = backward(dy, x, weight.shape, mean, rstd, weight, None, [True, False, False])
         sample_dw = (x - mean).mul_(rstd).mul_(dy).sum(1)  # (B, C)
         db, bias_dot = _bias_grad(dy, bias_direction)
         return dx, sample_dw.sum(0), db, _dot(sample_dw, weight_direction) + bias_dot, None, None, None
+
+
+def layer_norm_gradients(dy, x, mean, rstd, weight, bias):
+    """The gradients of x, weight and bias, None without one, as torch.nn's own backward pass has them."""
+    mask = [True, True, bias is not None]
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
+    return dx, dw, db if bias is not None else None
+
+
+def layer_norm_dots(dy, x, mean, rstd, weight_direction, bias_direction):
+    """
+    dy and x (B, T, C), mean and rstd (B, T, 1), the directions (K, C), that of the bias None without one -> the dots,
+    (B, K). A token's part is the sum over its row of dY * (xhat * D_w + D_b), and dx needs two such sums anyway: so
+    torch.compile puts all of them, and those over columns for dW and db, into the one kernel that a stock layer norm's
+    backward pass is, and x and dY are read once. Sums over T of every sample, (B, C), run across the rows: that is a
+    second kernel, which reads both again. (A kernel of ours would be worse still: nothing fuses with it, so that the
+    residual's addition and the casts to bfloat16 before and behind it would go through memory.)
+    """
+    xhat = (x - mean) * rstd
+    shifts = [0] * len(weight_direction) if bias_direction is None else bias_direction.unbind()
+    changes = zip(weight_direction.unbind(), shifts, strict=True)  # of the output, along each direction
+    return torch.stack([(dy * (xhat * scale + shift)).sum(2).sum(1) for scale, shift in changes], 1)
 
 
 class LossHead(Linear):
@@ -253,23 +282,37 @@ class _LossHead(torch.autograd.Function):
         return dx, dw, None, dot if ctx.scored else None, None
 
 
-# logits that may exist at a time, or 512 tokens' where that is more: a slice reads and writes all of dW
-SLICE = {"cpu": 2**23, "cuda": 2**28}
+# Logits that may exist at a time, or 512 tokens' where that is more: a slice reads and writes all of dW. On a GPU they
+# may be bfloat16, 1 GB, and half as many of float32. GPT-2's batch of 16 x 1,024 tokens has 824M logits, 1.65 GB, which
+# a stock model keeps for the backward pass, where their gradient joins them. In two slices there are 1.0 GB, with dW,
+# 0.15, and dx, 0.05, still less than the logits alone; and dW is read and written once more, 0.3 GB or 0.1 ms.
+SLICE = {"cpu": 2**23, "cuda": 2**29}
 
 
-def head_slice(B, T, V, device_type):
-    """The samples of a slice, and of each so many tokens at a time: all T of them unless the slice is of one sample."""
-    tokens = max(512, SLICE.get(device_type, 2**28) // V)
+def head_slice(B, T, V, device_type, dtype):
+    """
+    The samples of a slice of logits of `dtype`, and of each so many tokens at a time: all T of them unless the slice is
+    of one sample.
+    """
+    logits = SLICE.get(device_type, 2**28)
+    if device_type == "cuda":
+        logits = logits * 2 // dtype.itemsize
+    tokens = max(512, logits // V)
     return min(B, max(1, tokens // T)), min(T, tokens)
 
 
-def weight_gradient_shapes(model, B, T, device_type):
-    """(B, T, in, out) of every weight gradient with dots for B windows of T tokens, those of the head's slices too."""
+def weight_gradient_shapes(model, B, T, device_type, dtype):
+    """
+    (B, T, in, out) of every weight gradient with dots for B windows of T tokens whose products are of `dtype`, those of
+    the head's slices too.
+    """
     shapes = []
     for module in model.modules():
         if isinstance(module, Linear):
             n_out, n_in = module.weight.shape
-            samples, length = head_slice(B, T, n_out, device_type) if isinstance(module, LossHead) else (B, T)
+            samples, length = B, T
+            if isinstance(module, LossHead):
+                samples, length = head_slice(B, T, n_out, device_type, dtype)
             shapes += [(samples, length, n_in, n_out)] * (-(-B // samples) * -(-T // length))
     return shapes
 
@@ -283,27 +326,41 @@ def head_loss(
     with respect to x (B, T, C), to weight (V, C) and to alpha (B, K) where `backward` is set (K = 0 without a
     direction).
     """
-    B, T, _ = x.shape
+    B, T, C = x.shape
     V = len(weight)
     full = torch.promote_types(x.dtype, torch.float32)
     loss, running = torch.zeros((), dtype=full, device=x.device), None
     dx, dw, dots = _head_gradients(x, weight, direction, backward)
-    samples, length = head_slice(B, T, V, x.device.type)
+    dots.zero_()
+    fused = row_kernels.runs_on(x)
+    beta = 0 if fused else 1  # of the first product that dw takes; where it is 1, zeros are there
+    if not fused:
+        dw.zero_()
+    samples, length = head_slice(B, T, V, x.device.type, x.dtype)
     for i in range(0, B, samples):
         for t in range(0, T, length):
             part = slice(i, i + samples), slice(t, t + length)
-            index = targets[part].unsqueeze(2)
             dy = None  # the last slice's goes first: no second tensor of this size, so no log_softmax either
-            dy = (x[part] @ weight.T).to(full)  # the logits; in place their exponentials, then their gradient
-            target, largest = dy.gather(2, index), dy.amax(2, keepdim=True)
-            total = dy.sub_(largest).exp_().sum(2, keepdim=True)
-            loss += (total.log() + (largest - target)).sum()
-            if not backward:
-                continue
-            dy = dy.scatter_add_(2, index, -total).div_(total * (B * T)).to(x.dtype)
-            dx[part] = dy @ weight
+            if fused:  # the logits stay as the product gives them; their gradient takes their place
+                dy = x[part] @ weight.T
+                scale, index = 1 / (B * T), targets[part].contiguous().view(-1)
+                loss += row_kernels.cross_entropy_rows(dy.flatten(0, 1), index, scale, backward).sum()
+                if not backward:
+                    continue
+                add_products(dx[part].view(-1, C), dy.flatten(0, 1), weight, beta=0)
+            else:
+                index = targets[part].unsqueeze(2)
+                dy = (x[part] @ weight.T).to(full)  # the logits; in place their exponentials, then their gradient
+                target, largest = dy.gather(2, index), dy.amax(2, keepdim=True)
+                total = dy.sub_(largest).exp_().sum(2, keepdim=True)
+                loss += (total.log() + (largest - target)).sum()
+                if not backward:
+                    continue
+                dy = dy.scatter_add_(2, index, -total).div_(total * (B * T)).to(x.dtype)
+                dx[part] = dy @ weight
             if direction is None:
-                add_products(dw, dy.flatten(0, 1).T, x[part].flatten(0, 1))
+                add_products(dw, dy.flatten(0, 1).T, x[part].flatten(0, 1), beta)
+                beta = 1
             else:
                 part_dots, running = add_samples(dw, x[part], dy, direction, running)
                 dots[part[0]] += part_dots
@@ -317,11 +374,11 @@ def _(x, weight, targets, direction, backward):
 
 
 def _head_gradients(x, weight, direction, backward):
-    """Zeros for the gradients of x, weight and alpha, empty ones where there is no backward."""
+    """Room for the gradients of x, weight and alpha; none where there is no backward."""
     full = torch.promote_types(x.dtype, torch.float32)
     K = 0 if direction is None else len(direction)
     shapes = (x.shape, weight.shape, (len(x), K)) if backward else ((0,), (0,), (0,))
-    return [x.new_zeros(shape, dtype=full) for shape in shapes]
+    return [x.new_empty(shape, dtype=full) for shape in shapes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

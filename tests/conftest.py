@@ -1,5 +1,31 @@
-"""Before any import: no test asks the network for weights, and none waits for its time-outs."""
+"""
+Before any import: no test asks the network for weights, and none waits for its time-outs. And the process in which
+Triton's kernels are interpreted.
+"""
 
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """
+    A process that runs Triton's kernels in its interpreter, on CPU tensors: `interpreter.submit(function, ...)`. It is
+    one of its own, since Triton reads TRITON_INTERPRET when it is imported.
+    """
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, np)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytest.skip(f"the interpreter of triton {triton.__version__} fails with numpy {np.__version__}")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("TRITON_INTERPRET", "1")
+            process.submit(torch.set_num_threads, 1).result()
+        yield process
