@@ -236,11 +236,11 @@ def measure(knobs):
         raise AssertionError(f"the stock model's loss is {a}, ours {b}")
     stock.step(), ours.step()
     ours.model.load_state_dict(stock.model.state_dict())
-    data_value.use_triton = False
+    data_value.weight_gradients = {}
     dtype, device_type = getattr(torch, knobs.dtype), knobs.device.split(":")[0]
     shapes = weight_gradient_shapes(ours.model, knobs.batch_size, knobs.block_size, device_type, dtype)
     kernel = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, knobs.n_directions)
-    data_value.use_triton = kernel[0]
+    data_value.weight_gradients = kernel[0]
 
     adam, ours.adam = ours.adam, None  # brute force is of G
     ours.val()  # compiles here, if at all, not in brute force's time
@@ -305,7 +305,7 @@ def main():
         print(json.dumps(result))
         return
     tokens = f"{knobs.batch_size} x {knobs.block_size} tokens, m = {knobs.val_batch_size}"
-    print(f"{result['parameters']:,} parameters, {tokens}; {result['kernel']}")
+    print(f"{result['parameters']:,} parameters, {tokens}\n{result['kernel']}")
     print(f"{'':8}{'ms':>10}{'peak MB':>10}" + ("     MFU" if "scored_mfu" in result else ""))
     for arm in ("stock", "plain", "val", "scored", "order2", "brute"):
         peak, mfu = result.get(f"{arm}_peak_mb"), result.get(f"{arm}_mfu")

@@ -26,8 +26,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from support import row_kernels
-from support.kernels import add_samples_triton
+from support import kernels, row_kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers. Each is its torch.nn namesake until alpha, (B, K), is given; it then holds K directions beside each of its
@@ -98,7 +97,8 @@ def operator(function):
     return registered
 
 
-use_triton = False  # train.py sets it on a GPU, where kernels.choose finds the kernel correct and faster
+# {(in, out): a candidate of support/kernels.py}, which train.py fills on a GPU by kernels.choose; else PyTorch's way
+weight_gradients = {}
 
 
 @operator
@@ -128,10 +128,10 @@ def add_samples(dw, x, dy, direction, running):
     each sample's share costs two more passes over memory; blocks of rows that stay in cache cost more in small matrix
     products than they save.)
     """
-    if use_triton and dw.dtype == torch.float32:
-        if running is None:
-            dw.zero_()
-        return add_samples_triton(dw, x, dy, direction), dw.new_zeros(len(direction))
+    candidate = weight_gradients.get((x.shape[2], dy.shape[2]), kernels.PLAIN)
+    if candidate != kernels.PLAIN and dw.dtype == torch.float32:
+        dots = kernels.weight_gradient(dw, x, dy, direction, running is not None, candidate)
+        return dots, dots.new_empty(0)  # which says that dw holds something: nothing else is needed
     # What follows takes few calls: what Python takes between two of them, the cores of a CPU wait.
     flat_direction = direction.flatten(1)
     beta = 0 if running is None else 1

@@ -161,14 +161,15 @@ def compile_model(model, knobs, ranks, n_test_sets):
 
 
 def choose_kernels(model, knobs, ranks, n_directions):
-    """On a GPU, take the faster of the weight gradient's versions, the same on all ranks; print which."""
-    data_value.use_triton = False
+    """On a GPU, take the fastest correct version of every weight gradient, the same on all ranks; print which."""
+    data_value.weight_gradients = {}
     dtype = getattr(torch, knobs.dtype)
     shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0], dtype)
-    faster, reason = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, n_directions)
-    data_value.use_triton = ranks.total(torch.tensor(float(faster), device=knobs.device)).item() == ranks.world
+    choice = None
     if ranks.rank == 0:
+        choice, reason = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, n_directions)
         print(reason)
+    data_value.weight_gradients = ranks.broadcast(choice, knobs.device)
 
 
 def timed(run, device, wanted):
