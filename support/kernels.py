@@ -71,13 +71,14 @@ class Candidate(NamedTuple):
     maxnreg: int | None = None
 
     def __str__(self):
-        if self.kind in ("plain", "bmm"):
+        if not self.block_t:
             return self.kind
         tile = f"{self.block_out}x{self.block_in}x{self.block_t}"
         return f"{self.kind} {tile}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 PLAIN, BMM = Candidate("plain"), Candidate("bmm")
+CUBLAS = Candidate("cuBLAS, no dots")  # one product of the whole batch: no candidate, but what to compare with
 
 # Where TMA cannot read x or dY: 128 registers for each of 256 threads and 64 KB of shared memory (96 on an H100) leave
 # room for two programs on a processor. float32 runs on the ordinary units, which keep their operands in registers too.
@@ -555,54 +556,63 @@ def problem(shape, dtype, K, device):
 
 
 def exact(x, dy, direction):
-    """Dots (B, K) and dW in float64, a sample at a time."""
+    """Dots (B, K) and twice dW in float64, a sample at a time."""
     direction, dots = direction.double(), []
     dw = direction.new_zeros(direction.shape[1:])
     for sample_x, sample_dy in zip(x, dy, strict=True):
         product = sample_dy.double().T @ sample_x.double()
         dots.append((direction * product).sum((1, 2)))
         dw += product
-    return torch.stack(dots), dw
+    return torch.stack(dots), 2 * dw
 
 
 def implementation(candidate, plain):
-    """run(dw, x, dy, direction, add) -> dots"""
-    if candidate.kind != "plain":
-        return functools.partial(weight_gradient, candidate=candidate)
+    """run(dw, x, dy, direction, add) -> dots, or None"""
+    if candidate == CUBLAS:
 
-    def run(dw, x, dy, direction, add):
-        running = (dw * direction).sum((1, 2)) if add else None
-        return plain(dw, x, dy, direction, running)[0]
+        def run(dw, x, dy, direction, add):
+            product = torch.mm(dy.flatten(0, 1).T, x.flatten(0, 1))
+            if add is not None:
+                dw.copy_(product + dw if add else product)
 
-    return run
+        return run
+    if candidate == PLAIN:
+
+        def run(dw, x, dy, direction, add):
+            return plain(dw, x, dy, direction, (dw * direction).sum((1, 2)) if add else None)[0]
+
+        return run
+    return functools.partial(weight_gradient, candidate=candidate)
 
 
-def measure(run, shape, dtype, K, device, timer):
+def measure(candidate, shape, dtype, K, device, plain, timer):
     """
-    {'ms', 'error'} of run(dw, x, dy, direction, add): the time where dW holds nothing yet, and the larger relative
-    error of dots and dW against float64, computed and then added to once more.
+    {'ms', 'error'}: the time where dW holds nothing yet, and the larger relative error of dots and dW against float64,
+    dW computed and then added to once more.
     """
+    run = implementation(candidate, plain)
     dw, x, dy, direction = problem(shape, dtype, K, device)
     run(dw, x, dy, direction, False)
-    dots = run(dw, x, dy, direction, True)
-    exact_dots, exact_dw = exact(x, dy, direction)
-    errors = [((a - b).norm() / b.norm()).item() for a, b in ((dots, exact_dots), (dw, 2 * exact_dw))]
-    del exact_dw
-    return dict(
-        error=max(errors) if min(errors) >= 0 else float("nan"), ms=timer(lambda: run(dw, x, dy, direction, False))
-    )
+    found = run(dw, x, dy, direction, True), dw
+    expected = exact(x, dy, direction)
+    errors = [
+        (ours - oracle).norm() / oracle.norm() for ours, oracle in zip(found, expected, strict=True) if ours is not None
+    ]
+    del expected
+    add = None if candidate == CUBLAS else False  # None: the product alone
+    return dict(error=torch.stack(errors).max().item(), ms=timer(lambda: run(dw, x, dy, direction, add)))
 
 
 def attempt(candidate, shape, dtype, K, device, plain, timer):
     """A row: shape, candidate, and ms, tflops and error, or None and the reason in `failure`."""
     row = dict(shape=shape, candidate=candidate, ms=None, tflops=None, error=None, failure="")
     try:
-        row |= measure(implementation(candidate, plain), shape, dtype, K, device, timer)
+        row |= measure(candidate, shape, dtype, K, device, plain, timer)
     except Exception as error:  # compilers and drivers raise all kinds, and the plain version is there
         return row | dict(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}")
     B, T, n_in, n_out = shape
     row["tflops"] = 2 * B * T * n_in * n_out / row["ms"] / 1e9
-    if not row["error"] <= tolerance(candidate, dtype):
+    if candidate != CUBLAS and not row["error"] <= tolerance(candidate, dtype):
         row["failure"] = f"relative error {row['error']:.1e}"
     return row
 
@@ -622,30 +632,15 @@ def cuda_ms(run, repeats=9):
 
 def candidates_report(device, shapes, dtype, K, plain=None):
     """
-    The rows of `attempt` on a CUDA device for every shape (B, T, in, out) and candidate, 'plain' if data_value's
-    add_samples is given as `plain`; and of cuBLAS's own weight gradient, without dots, in `dtype`, to compare with.
+    The rows of `attempt`, candidates by name, on a CUDA device for every shape (B, T, in, out) and candidate, 'plain'
+    if data_value's add_samples is given as `plain`; first cuBLAS's own weight gradient in `dtype`, without dots, to
+    compare with.
     """
-    device = torch.device(device)
-
-    def cublas(dw, x, dy, direction, add):
-        product = torch.mm(dy.flatten(0, 1).T, x.flatten(0, 1))
-        dw.copy_(2 * product if add else product)
-        return exact(x, dy, direction)[0] if add else None
-
-    def product_alone(run, repeats=9):
-        return cuda_ms(run, repeats)
-
+    device, rows = torch.device(device), []
     with torch.cuda.device(device):
-        rows = []
         for shape in dict.fromkeys(shapes):
-            _, x, dy, _ = problem(shape, dtype, K, device)
-            flat = dy.flatten(0, 1).T, x.flatten(0, 1)
-            ms = cuda_ms(lambda flat=flat: torch.mm(*flat))
-            rows.append(dict(shape=shape, candidate="cuBLAS, no dots", ms=ms, error=None, failure=""))
-            rows[-1]["tflops"] = 2 * x.numel() * dy.shape[2] / ms / 1e9
-            del x, dy, flat
-            for candidate in candidates(torch.cuda.get_device_capability(device), dtype):
-                if candidate.kind != "plain" or plain:
+            for candidate in [CUBLAS, *candidates(torch.cuda.get_device_capability(device), dtype)]:
+                if candidate != PLAIN or plain:
                     row = attempt(candidate, shape, dtype, K, device, plain, cuda_ms)
                     rows.append(row | dict(candidate=str(candidate)))
     return rows

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -428,8 +429,14 @@ def adds_to_nothing(dw, x, dy, direction, add, candidate):
     return correct(dw, x, dy, direction, False, candidate)
 
 
-def not_a_number(*arguments):
+def dots_not_a_number(*arguments):
     return correct(*arguments) * float("nan")
+
+
+def weight_gradient_not_a_number(dw, *arguments):
+    dots = correct(dw, *arguments)
+    dw[0, 0] = float("nan")
+    return dots
 
 
 def failing(*arguments):
@@ -476,7 +483,10 @@ def test_a_candidate_may_serve_one_shape_and_fail_at_another(monkeypatch):
     assert f"not {FIRST}: RuntimeError: no compiler" in reason
 
 
-@pytest.mark.parametrize("kernel", [wrong_dots, wrong_weight_gradient, adds_to_nothing, not_a_number, failing])
+WRONG = [wrong_dots, wrong_weight_gradient, adds_to_nothing, dots_not_a_number, weight_gradient_not_a_number, failing]
+
+
+@pytest.mark.parametrize("kernel", WRONG)
 def test_a_wrong_kernel_is_not_chosen_however_fast(monkeypatch, kernel):
     table, reason = compared(monkeypatch, {FIRST: kernel, SECOND: correct}, {FIRST: 0.1, SECOND: 1.0, PLAIN: 2.0})
     assert set(table.values()) == {SECOND}
@@ -505,6 +515,20 @@ def test_the_choice_draws_no_random_numbers(monkeypatch):
     before = torch.get_rng_state()
     compared(monkeypatch, {FIRST: correct}, {FIRST: 1.0, PLAIN: 2.0})
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_report_has_cublas_to_compare_with(monkeypatch):
+    monkeypatch.setattr(kernels, "weight_gradient", lambda *arguments, candidate: correct(*arguments, candidate))
+    monkeypatch.setattr(kernels, "candidates", lambda capability, dtype: [FIRST, PLAIN])
+    monkeypatch.setattr(kernels, "cuda_ms", lambda run: (run(), 2.0)[1])
+    monkeypatch.setattr(kernels.torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(kernels.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    rows = kernels.candidates_report("cpu", [SHAPES[0], *SHAPES], torch.float32, 2, add_samples)
+    assert [row["candidate"] for row in rows] == ["cuBLAS, no dots", str(FIRST), "plain"] * 2
+    for row in rows:
+        B, T, n_in, n_out = row["shape"]
+        assert row["failure"] == "" and row["error"] < 1e-5 and row["ms"] == 2
+        assert row["tflops"] == pytest.approx(2 * B * T * n_in * n_out / 2e-3 / 1e12)
 
 
 def remembering(tmp_path, monkeypatch, key="this GPU", calls=None):
