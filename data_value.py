@@ -241,10 +241,11 @@ def layer_norm_dots(dy, x, mean, rstd, weight_direction, bias_direction):
     """
     dy and x (B, T, C), mean and rstd (B, T, 1), the directions (K, C), that of the bias None without one -> the dots,
     (B, K). A token's part is the sum over its row of dY * (xhat * D_w + D_b), and dx needs two such sums anyway: so
-    torch.compile puts all of them, and those over columns for dW and db, into the one kernel that a stock layer norm's
-    backward pass is, and x and dY are read once. Sums over T of every sample, (B, C), run across the rows: that is a
-    second kernel, which reads both again. (A kernel of ours would be worse still: nothing fuses with it, so that the
-    residual's addition and the casts to bfloat16 before and behind it would go through memory.)
+    torch.compile makes all of them, the sums over columns for dW and db, the residual's addition and the casts one
+    kernel, which reads x and dY once: 16 bytes for a number of x by inductor's count, as in a stock model. (Where more
+    than 10 tensors meet, as with a bias, torch 2.13 makes two of it, 22 bytes; 2.11 does not.) Sums over T of every
+    sample, (B, C), run across the rows, in kernels of their own, which read both again: 26 bytes. A Triton kernel would
+    have everything in one pass but what lies around it, with which nothing of it fuses: at least 24.
     """
     xhat = (x - mean) * rstd
     shifts = [0] * len(weight_direction) if bias_direction is None else bias_direction.unbind()
