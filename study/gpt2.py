@@ -26,9 +26,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path[:0] = [ROOT, HERE]
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, f"{ROOT}/study"]
 
 from tables import interval  # noqa: E402
 
@@ -55,9 +54,8 @@ class Knobs:
     n_embd: int = 768
     block_size: int = 1024
     vocab_size: int = 50304
-    # The paper's batch of 16 windows. With nanoGPT's 480 the m = 16 validation windows would cost 3% of an iteration
-    # instead of as much again. But a GPU takes a second for 480 windows: in minutes these are too few iterations to
-    # learn from, and to average directions over.
+    # The paper's 16 windows. With nanoGPT's 480 the m = 16 validation windows would cost 3% of an iteration instead of
+    # as much again. But a GPU takes a second for 480: in minutes too few iterations to learn, and to average over.
     batch_size: int = 16
     val_batch_size: int = 16
 
@@ -86,8 +84,8 @@ def train(knobs, folder, **flags):
 def scored_run(knobs, folder, iters, lr_decay_iters, log_interval):
     """The seconds and the lines of metrics.jsonl of a run with the directions of config/baseline_best.py."""
     flags = dict(score=True, value_direction="adam", val_average=32.0, max_iters=iters, eval_interval=iters)
-    flags |= dict(lr_decay_iters=lr_decay_iters, warmup_iters=lr_decay_iters // 20, learning_rate=RATE)
-    seconds = train(knobs, folder, **flags, min_lr=RATE / 10, log_interval=log_interval)
+    flags |= dict(learning_rate=RATE, min_lr=RATE / 10, warmup_iters=lr_decay_iters // 20)
+    seconds = train(knobs, folder, **flags, lr_decay_iters=lr_decay_iters, log_interval=log_interval)
     with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
         return seconds, list(map(json.loads, file))
 
@@ -113,7 +111,7 @@ def iterations_that_fit(seconds, step, most):
         if n >= 200:
             break
     if min(n, most) < 10:
-        raise UserError(f"--minutes: {seconds:.0f} s are too few for runs of which each takes {step['run_s']:.0f} s")
+        raise UserError(f"--minutes: {seconds:.0f} s are too few for runs that take {step['run_s']:.0f} s each")
     return min(n, most)
 
 
@@ -149,8 +147,7 @@ def write(knobs, state):
     if not found["random"]:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for place, arm in enumerate(ARMS):
-        color = ("tab:gray", "tab:blue", "tab:orange")[place]
+    for place, (arm, color) in enumerate(zip(ARMS, ("tab:gray", "tab:blue", "tab:orange"), strict=True)):
         runs = [line for line in state["arms"] if line["arm"] == arm and not line["afresh"]]
         curves = np.array([line["test_loss"] for line in runs]).T
         left.plot(runs[0]["iters"], curves, color=color, alpha=0.25)
@@ -158,8 +155,8 @@ def write(knobs, state):
         losses = differences(state["arms"], arm)
         right.plot([place] * len(losses), losses, "o", color=color, alpha=0.5)
         right.errorbar([place], np.mean(losses), interval(losses)[1], color="black", capsize=5, fmt="_", ms=15)
-    left.set(xlabel=f"iterations after the baseline's {state['plan']['iters']:,}", ylabel="test loss, nats")
-    left.set_title(f"{state['plan']['negative']:.0%} of the baseline's windows are negative")
+    left.set(xlabel="iterations after the baseline's {iters:,}".format(**state["plan"]), ylabel="test loss, nats")
+    left.set_title("{negative:.0%} of the baseline's windows are negative".format(**state["plan"]))
     left.legend()
     right.axhline(0, color="tab:gray", lw=1)
     right.set(xticks=range(3), xticklabels=ARMS, xlim=(-0.5, 2.5), title="every order; their mean and 95% of it")
@@ -172,7 +169,7 @@ def main():
     knobs = configure(Knobs, sys.argv[1:])
     end, baseline = time.monotonic() + 60 * knobs.minutes, f"{knobs.out_dir}/baseline"
     os.makedirs(knobs.out_dir, exist_ok=True)
-    state = dict(plan={}, arms=[])  # of metrics.json
+    state = dict(plan={}, arms=[])
     if os.path.exists(f"{knobs.out_dir}/metrics.json"):
         with open(f"{knobs.out_dir}/metrics.json", encoding="utf-8") as file:
             state = json.load(file)
@@ -194,7 +191,8 @@ def main():
         write(knobs, state)
 
     rounds = [(order, False) for order in range(1, knobs.orders + 1)]
-    for order, afresh in rounds[:4] + [(0, True)] * (len(rounds) >= 4) + rounds[4:]:
+    rounds[4:4] = [(0, True)] * (knobs.orders >= 4)
+    for order, afresh in rounds:
         ended = {line["arm"] for line in state["arms"] if (line["order"], line["afresh"]) == (order, afresh)}
         run_s = plan["run_s"] + (AFRESH if afresh else TRIAL) * plan["iters"] * plan["plain_s"]
         fits = time.monotonic() + (3 - len(ended)) * run_s < end

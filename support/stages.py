@@ -40,7 +40,8 @@ def about_the_machine():
     )
     gpu = subprocess.run(query, shell=True, capture_output=True, text=True).stdout.strip() or "no nvidia-smi"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = {name: metadata.version(name) for name in ("torch", "triton", "numpy", "tiktoken", "pyarrow")}
+    found = {one.metadata["Name"]: one.version for one in metadata.distributions()}
+    versions = {name: found.get(name) for name in ("torch", "triton", "numpy", "tiktoken", "pyarrow")}
     figures = [dict(gpu=gpu), dict(system=platform.platform(), cores=os.cpu_count(), memory_gb=memory)]
     figures.append(dict(python=platform.python_version()) | versions)
     return dict(stage=0, what="Where this ran.", status="passed", seconds=0.0, figures=figures, last_lines=[])

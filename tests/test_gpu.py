@@ -93,7 +93,7 @@ def results_of(folder):
 
 
 def test_the_rehearsal_runs_every_stage_and_executes_almost_every_line(tmp_path):
-    run = gpu_script(f"--out={tmp_path}/out", f"--data={tmp_path}/none")
+    run = gpu_script(f"--out={tmp_path}/out", f"--data={tmp_path}/none", "--minutes=20")
     assert run.returncode == 0, run.stdout + run.stderr
     results, text = results_of(f"{tmp_path}/out")
     assert [stage["status"] for stage in results.values()] == ["passed"] * 6
