@@ -1,5 +1,5 @@
 # make demo: from nothing to the figure in out/demo_report, in minutes on a laptop CPU. make test: ruff and the tests.
-# Both make the environment .venv first. What is done already is not done again; a run that was interrupted goes on.
+# Both make the environment .venv first. make gpu: what needs a GPU is measured, with whatever torch there is (gpu.py). What is done already is not done again; a run that was interrupted goes on.
 
 PYTHON ?= python3
 VENV = .venv/bin
@@ -9,7 +9,14 @@ resume = $(if $(wildcard $(1)/ckpt.pt),--init_from=resume)
 # a run that SIGTERM has stopped exits with 0, but not with its last evaluation
 ended = tail -n 1 $(1)/metrics.jsonl | grep -q '"iter": 320, "test_loss"'
 
-.PHONY: demo test lint clean
+# make gpu: OUT, MINUTES, STAGES and DEVICE as gpu.py has them; make gpu-data: SOURCE as prepare_owt.py has it
+OUT ?= out/gpu
+MINUTES ?= 6
+STAGES ?= 1,2,3,4,5
+DEVICE ?= cuda
+SOURCE ?= python
+
+.PHONY: demo test lint gpu gpu-data clean
 .DELETE_ON_ERROR:
 
 demo: out/demo_baseline/values.npz out/demo_control/done out/demo_filtered/done
@@ -28,6 +35,17 @@ out/demo_filtered/done: out/demo_baseline/values.npz
 
 data/python/meta.json: | .venv/installed
 	$(VENV)/python prepare_owt.py --source=python
+
+# the environment if it is there, else a Python that has torch, else the environment is made
+with_torch = python=$$(test -x $(VENV)/python && echo $(VENV)/python || echo $(PYTHON)); \
+	$$python -c "import importlib.util as u, sys; sys.exit(not u.find_spec('torch'))" 2>/dev/null || \
+	{ $(MAKE) .venv/installed && python=$(VENV)/python; } && $$python
+
+gpu:
+	@$(with_torch) gpu.py --out="$(OUT)" --minutes=$(MINUTES) --stages=$(STAGES) --device=$(DEVICE)
+
+gpu-data:
+	@$(with_torch) gpu.py --pack="$(SOURCE)"
 
 test: .venv/installed-test lint
 	$(VENV)/python -m pytest -m "not slow"

@@ -227,6 +227,53 @@ def memory_mb(field):
         return next(int(line.split()[1]) / 2**10 for line in file if line.startswith(field))
 
 
+def choose_kernel(knobs, model):
+    """Use the fastest weight gradients; the reason."""
+    data_value.weight_gradients = {}
+    dtype, device_type = getattr(torch, knobs.dtype), knobs.device.split(":")[0]
+    shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type, dtype)
+    data_value.weight_gradients, reason = kernels.choose(
+        knobs.device, shapes, dtype, data_value.add_samples, knobs.n_directions
+    )
+    return reason
+
+
+def take_turns(arms, knobs):
+    """The seconds of each arm, functions of no arguments, in each of knobs.rounds rounds."""
+    times = {name: [] for name in arms}
+    gc.disable()
+    for round_ in range(knobs.rounds):
+        names = list(arms)[round_ % len(arms) :] + list(arms)[: round_ % len(arms)]
+        for name in names:
+            times[name].append(seconds(arms[name], knobs.device))
+    gc.enable()
+    return times
+
+
+def ratios(stock, plain, val, scored, order2):
+    """Of the times that the arms took in one round."""
+    return dict(
+        overhead=(scored - val) / plain - 1,
+        total=scored / plain - 1,
+        plain_over_stock=plain / stock,
+        val_over_plain=val / plain,
+        order2_over_plain=(order2 - val) / plain,
+    )
+
+
+def peak_tflops(gpu, dtype):
+    """Of the GPU of this name, 0 where it is not known."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu and dtype == "bfloat16"), 0.0)
+
+
+def mfu(knobs, parameters, ms, gpu):
+    """The share of the GPU's peak at which a plain step of `ms` would run, None where the peak is not known."""
+    peak = knobs.peak_tflops or peak_tflops(gpu, knobs.dtype)
+    attention = 12 * knobs.n_layer * knobs.n_embd * knobs.block_size  # operations a token (PaLM, App. B)
+    operations = (6 * parameters + attention) * knobs.batch_size * knobs.block_size
+    return operations / (ms / 1000) / (peak * 1e12) if peak else None
+
+
 def measure(knobs):
     """Everything that the table and --json show, as a dict."""
     stock, ours = Bench(knobs, True), Bench(knobs, False)
@@ -236,11 +283,7 @@ def measure(knobs):
         raise AssertionError(f"the stock model's loss is {a}, ours {b}")
     stock.step(), ours.step()
     ours.model.load_state_dict(stock.model.state_dict())
-    data_value.weight_gradients = {}
-    dtype, device_type = getattr(torch, knobs.dtype), knobs.device.split(":")[0]
-    shapes = weight_gradient_shapes(ours.model, knobs.batch_size, knobs.block_size, device_type, dtype)
-    kernel = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, knobs.n_directions)
-    data_value.weight_gradients = kernel[0]
+    kernel = choose_kernel(knobs, ours.model)
 
     adam, ours.adam = ours.adam, None  # brute force is of G
     ours.val()  # compiles here, if at all, not in brute force's time
@@ -254,24 +297,12 @@ def measure(knobs):
     arms = dict(stock=stock.plain, plain=ours.plain, val=ours.val, scored=ours.scored, order2=ours.order2)
     for run in arms.values():
         run()
-    times = {name: [] for name in arms}
-    gc.disable()
-    for round_ in range(knobs.rounds):
-        names = list(arms)[round_ % len(arms) :] + list(arms)[: round_ % len(arms)]
-        for name in names:
-            times[name].append(seconds(arms[name], knobs.device))
-    gc.enable()
-    rounds = list(zip(*times.values(), strict=True))
-    ratios = {
-        "overhead": [(scored - val) / plain - 1 for _, plain, val, scored, _ in rounds],
-        "total": [scored / plain - 1 for _, plain, _, scored, _ in rounds],
-        "plain_over_stock": [plain / stock for stock, plain, _, _, _ in rounds],
-        "val_over_plain": [val / plain for _, plain, val, _, _ in rounds],
-        "order2_over_plain": [(order2 - val) / plain for _, plain, val, _, order2 in rounds],
-    }
+    times = take_turns(arms, knobs)
     result = {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
     result["brute_ms"] = 1000 * brute_s
-    for name, values in ratios.items():
+    rounds = [ratios(**dict(zip(times, seconds, strict=True))) for seconds in zip(*times.values(), strict=True)]
+    for name in rounds[0]:
+        values = [round_[name] for round_ in rounds]
         result[name] = statistics.median(values)
         result[f"{name}_quartiles"] = statistics.quantiles(values, n=4)[::2] if len(values) > 1 else [values[0]] * 2
     for arm in ("stock", "plain", "scored"):
@@ -280,17 +311,13 @@ def measure(knobs):
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         result[f"{arm}_peak_mb"] = float(peak.split()[-1])
     parameters = sum(p.numel() for p in ours.model.parameters())
-    result |= dict(dots_rel_err=dots_rel_err, parameters=parameters, kernel=kernel[1], knobs=asdict(knobs))
+    result |= dict(dots_rel_err=dots_rel_err, parameters=parameters, kernel=kernel, knobs=asdict(knobs))
     result |= dict(torch=torch.__version__, threads=torch.get_num_threads())
     if knobs.device.startswith("cuda"):
         result["gpu"] = torch.cuda.get_device_name(knobs.device)
-        known = (peak for name, peak in PEAK_TFLOPS.items() if name in result["gpu"] and knobs.dtype == "bfloat16")
-        peak_tflops = knobs.peak_tflops or next(known, 0.0)
-        if peak_tflops:
-            attention = 12 * knobs.n_layer * knobs.n_embd * knobs.block_size  # operations a token (PaLM, App. B)
-            operations = (6 * parameters + attention) * knobs.batch_size * knobs.block_size
-            for arm in ("stock", "plain", "scored"):
-                result[f"{arm}_mfu"] = operations / (result[f"{arm}_ms"] / 1000) / (peak_tflops * 1e12)
+        for arm in ("stock", "plain", "scored"):
+            found = mfu(knobs, parameters, result[f"{arm}_ms"], result["gpu"])
+            result |= {f"{arm}_mfu": found} if found else {}
     return result
 
 

@@ -35,7 +35,7 @@ from support.configurator import UserError, configure
 from support.corpus import DOCUMENT, PAGE, SPLITS, checksum_of, get_tokenizer, sha256_of
 from support.files import atomic_write
 
-KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}  # what `datasets` calls them
+KINDS = (".parquet", ".jsonl", ".json", ".txt")  # of files
 
 
 @dataclass
@@ -101,62 +101,137 @@ def python_documents():
             yield text, domain
 
 
-def dataset_documents(knobs):
-    """The documents of a hub id, a file or a glob, by the library `datasets`."""
+def documents_of(knobs):
+    """The documents of knobs.source: of the embedded corpus, of files or of the hub."""
+    if knobs.source == "python":
+        return python_documents()
+    paths = sorted(glob.glob(knobs.source, recursive=True))
+    extension = os.path.splitext(knobs.source)[1]
+    if (extension in KINDS or glob.has_magic(knobs.source)) and not paths:
+        raise UserError(f"--source={knobs.source}: no such file")
+    if paths and extension not in KINDS:
+        raise UserError(f"--source={knobs.source}: expected .parquet, .jsonl or .txt, found '{extension}'")
+    return file_documents(paths, knobs) if paths else hub_documents(knobs)
+
+
+def file_documents(paths, knobs):
+    """
+    The documents of .parquet files, of which nothing but the two fields is read, of .jsonl files (.json: the same, or
+    one list), of which every line stands for itself, and of .txt files, of which each is one document. Raises UserError
+    naming the file where one cannot be read or lacks a field.
+    """
+    import pyarrow  # comes with `datasets`
+
+    fields, readers = fields_of(knobs), {".parquet": parquet_rows, ".txt": text_rows}
+    for path in paths:
+        try:
+            yield from readers.get(os.path.splitext(path)[1], json_rows)(path, fields)
+        except UnicodeDecodeError as error:
+            what = f"--source={path}: could not be read as text: it has what is not UTF-8 ({error})"
+            raise UserError(f"--text_field={knobs.text_field}: {what}") from error
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise UserError(f"--source={path}: could not be read ({type(error).__name__}: {error})") from error
+
+
+def parquet_rows(path, fields):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, memory_map=True) as file:
+        for flag, field in fields.items():
+            kind = pa.struct(file.schema_arrow)
+            for part in field.split("."):
+                found = {one.name: one for one in kind} if pa.types.is_struct(kind) else None
+                if not found or part not in found:
+                    raise no_such_field(flag, field, path, found)
+                kind = found[part].type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+            if flag == "text_field" and not text:
+                raise UserError(f"--text_field={field}: {path} has {kind} there, not text")
+        columns = sorted(set(fields.values()))
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for row in batch.to_pylist():
+                yield text_and_domain(row, fields)
+
+
+def json_rows(path, fields):
+    with open(path, encoding="utf-8-sig") as file:
+        listed = file.read(1) == "["  # one list of rows, which json reads whole
+        file.seek(0)
+        rows = enumerate(json.load(file) if listed else (json.loads(line) for line in file if line.strip()))
+        for i, row in rows:
+            for flag, field in fields.items():
+                found = row
+                # a domain may be missing further down, where it is 'none'
+                for part in field.split(".") if i == 0 or flag == "text_field" else ():
+                    if not isinstance(found, dict) or part not in found:
+                        raise no_such_field(flag, field, f"{path}, row {i + 1}", found)
+                    found = found[part]
+                    if found is None:
+                        break
+                if flag == "text_field" and not isinstance(found, (str, type(None))):
+                    raise UserError(f"--text_field={field}: {path}, row {i + 1}: has {found!r:.80} there, not text")
+            yield text_and_domain(row, fields)
+
+
+def text_rows(path, fields):
+    with open(path, encoding="utf-8", newline="") as file:
+        yield file.read(), "all"
+
+
+def fields_of(knobs):
+    """{flag: the path of the field that it names}, of the text and, if there is one, of the domain."""
+    return {flag: getattr(knobs, flag) for flag in ("text_field", "domain_field") if getattr(knobs, flag)}
+
+
+def no_such_field(flag, field, where, found):
+    names = ", ".join(found) if isinstance(found, dict) else ""
+    return UserError(f"--{flag}={field}: {where} has no such field; there are: {names or 'none':.500}")
+
+
+def text_and_domain(row, fields):
+    """(text, domain) of a row, a dict that holds dicts. No text is an empty one, no domain is 'none'."""
+    found = {}
+    for flag, field in fields.items():
+        value = row
+        for part in field.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        found[flag] = value
+    domain = found.get("domain_field", "all")
+    return found["text_field"] or "", "none" if domain is None else str(domain)
+
+
+def hub_documents(knobs):
+    """The documents of a hub id, by the library `datasets`."""
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    paths = sorted(glob.glob(knobs.source, recursive=True))
-    extension = os.path.splitext(knobs.source)[1]
-    kind = KINDS.get(extension)
-    if (kind or glob.has_magic(knobs.source)) and not paths:
-        raise UserError(f"--source={knobs.source}: no such file")
-    if paths and not kind:
-        raise UserError(f"--source={knobs.source}: expected .parquet, .jsonl or .txt, found '{extension}'")
     try:
-        if paths:
-            options = dict(sample_by="document") if kind == "text" else {}
-            data = datasets.load_dataset(kind, data_files=paths, split="train", **options)
-        else:
-            data = datasets.load_dataset(knobs.source, split=knobs.split, num_proc=knobs.num_proc)
+        data = datasets.load_dataset(knobs.source, split=knobs.split, num_proc=knobs.num_proc)
     except Exception as error:  # of many types: no network, no such data set, a damaged file
         cause = error.__cause__ or error
         what = f"{type(cause).__name__}: {cause}"
         raise UserError(
             f"--source={knobs.source}: could not be read as text by the library datasets ({what})"
         ) from error
-
-    features = data.features
-    for flag, path in (("text_field", knobs.text_field), ("domain_field", knobs.domain_field)):
-        found = features
-        for part in path.split(".") if path else ():
+    fields = fields_of(knobs)
+    for flag, field in fields.items():
+        found = data.features
+        for part in field.split("."):
             if not isinstance(found, dict) or part not in found:
-                columns = ", ".join(found) if isinstance(found, dict) else "none"
-                raise UserError(f"--{flag}={path}: {knobs.source} has no such field; there are: {columns}")
+                raise no_such_field(flag, field, knobs.source, found)
             found = found[part]
         if flag == "text_field" and getattr(found, "dtype", "") not in ("string", "large_string"):
-            raise UserError(f"--text_field={path}: {knobs.source} has {found} there, not text")
-    columns = {path.split(".")[0] for path in (knobs.text_field, knobs.domain_field) if path}
+            raise UserError(f"--text_field={field}: {knobs.source} has {found} there, not text")
+    columns = sorted({field.split(".")[0] for field in fields.values()})
     try:
-        for batch in data.select_columns(sorted(columns)).iter(batch_size=256):
-            for i in range(len(next(iter(batch.values())))):
-                text, domain = (_field(batch, i, path) for path in (knobs.text_field, knobs.domain_field))
-                if domain is None:
-                    domain = "none" if knobs.domain_field else "all"
-                yield text or "", str(domain)
+        for batch in data.select_columns(columns).iter(batch_size=256):
+            for values in zip(*batch.values(), strict=True):
+                yield text_and_domain(dict(zip(batch, values, strict=True)), fields)
     except UnicodeDecodeError as error:
         raise UserError(f"--text_field={knobs.text_field}: {knobs.source} has what is not UTF-8 ({error})") from error
-
-
-def _field(batch, i, path):
-    if not path:
-        return None
-    first, *rest = path.split(".")
-    value = batch[first][i]
-    for part in rest:
-        value = value[part] if value is not None else None
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +354,7 @@ def write_checksums(bin_path, crc_path):
 def main():
     knobs = configure(Knobs, sys.argv[1:])
     tokenizer = get_tokenizer(knobs.tokenizer)
-    documents = python_documents() if knobs.source == "python" else dataset_documents(knobs)
+    documents = documents_of(knobs)
     first = next(documents, None)  # so that a source that cannot be read fails before anything is written
     if first is None:
         raise UserError(f"--source={knobs.source}: no text in it")

@@ -29,7 +29,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-from prepare_owt import Knobs, dataset_documents, python_documents, write_checksums  # noqa: E402
+from prepare_owt import Knobs, documents_of, write_checksums  # noqa: E402
 from report import read_run  # noqa: E402
 from support.configurator import UserError  # noqa: E402
 from support.corpus import checksum_of, load_meta, open_split, sha256_of, window_domains  # noqa: E402
@@ -403,10 +403,9 @@ def main():
     args = parser.parse_args()
 
     base = "study_" + os.path.splitext(os.path.basename(args.source))[0]
-    domain = dict(domain_field="domain", tokenizer="bytes")
-    read = python_documents if args.source == "python" else lambda: dataset_documents(Knobs(args.source, **domain))
-    prepare(read(), f"{base}_clean", lambda domain: domain != args.foreign)
-    prepare(read(), f"{base}_foreign", lambda domain: domain == args.foreign)
+    knobs = Knobs(args.source, domain_field="domain", tokenizer="bytes")
+    prepare(documents_of(knobs), f"{base}_clean", lambda domain: domain != args.foreign)
+    prepare(documents_of(knobs), f"{base}_foreign", lambda domain: domain == args.foreign)
     domains = load_meta(f"data/{base}_clean")["domains"]
     if args.single not in domains or len(domains) < 2:
         raise UserError(f"--single={args.single}: not among the domains of {args.source}: {', '.join(domains)}")

@@ -42,6 +42,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -638,20 +639,29 @@ def cuda_ms(run, repeats=9):
     return statistics.median(start.elapsed_time(end) for start, end in events[2:])
 
 
-def candidates_report(device, shapes, dtype, K, plain=None):
+def candidates_report(device, shapes, dtype, K, plain):
     """
-    The rows of `attempt`, candidates by name, on a CUDA device for every shape (B, T, in, out) and candidate, 'plain'
-    if data_value's add_samples is given as `plain`; first cuBLAS's own weight gradient in `dtype`, without dots, to
+    Yields the rows of `attempt`, candidates by name, for every shape (B, T, in, out) and candidate of `device`, which
+    on a CPU is `plain` alone, data_value's add_samples; first cuBLAS's own weight gradient in `dtype`, without dots, to
     compare with.
     """
-    device, rows = torch.device(device), []
-    with torch.cuda.device(device):
+    device, listed, timer = torch.device(device), [PLAIN], wall_ms
+    if device.type == "cuda":
+        listed, timer = candidates(torch.cuda.get_device_capability(device), dtype), cuda_ms
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for shape in dict.fromkeys(shapes):
-            for candidate in [CUBLAS, *candidates(torch.cuda.get_device_capability(device), dtype)]:
-                if candidate != PLAIN or plain:
-                    row = attempt(candidate, shape, dtype, K, device, plain, cuda_ms)
-                    rows.append(row | dict(candidate=str(candidate)))
-    return rows
+            for candidate in [CUBLAS, *listed]:
+                yield attempt(candidate, shape, dtype, K, device, plain, timer) | dict(candidate=str(candidate))
+
+
+def wall_ms(run, repeats=9):
+    """As cuda_ms, on a CPU."""
+    times = []
+    for _ in range(2 + repeats):
+        started = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times[2:])
 
 
 def choose(device, shapes, dtype, plain, K=1, seconds=20.0):

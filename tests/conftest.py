@@ -14,6 +14,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def interpreter():
     """

@@ -321,7 +321,7 @@ def test_a_step_reads_nothing_from_its_device(home, monkeypatch, flags):
     assert min(counts[0]) > 0, "nothing is counted"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("flags", ["", "--score=True --val_average=4", "--score=True --value_order=2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_on_a_gpu_does_not_wait(home, monkeypatch, flags, dtype):

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from support import kernels
 from support.kernels import BMM, PLAIN, Candidate
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_gpu = pytest.mark.gpu
 SMALL = [Candidate("pointers", 32, 32, 32), Candidate("descriptors", 32, 32, 32), BMM]
 ALL = [
     (capability, dtype, candidate)
@@ -518,18 +517,13 @@ def test_the_choice_draws_no_random_numbers(monkeypatch):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_report_has_cublas_to_compare_with(monkeypatch):
-    monkeypatch.setattr(kernels, "weight_gradient", lambda *arguments, candidate: correct(*arguments, candidate))
-    monkeypatch.setattr(kernels, "candidates", lambda capability, dtype: [FIRST, PLAIN])
-    monkeypatch.setattr(kernels, "cuda_ms", lambda run: (run(), 2.0)[1])
-    monkeypatch.setattr(kernels.torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(kernels.torch.cuda, "get_device_capability", lambda device: (9, 0))
-    rows = kernels.candidates_report("cpu", [SHAPES[0], *SHAPES], torch.float32, 2, add_samples)
-    assert [row["candidate"] for row in rows] == ["cuBLAS, no dots", str(FIRST), "plain"] * 2
+def test_the_report_has_every_shape_and_candidate():
+    rows = list(kernels.candidates_report("cpu", [SHAPES[0], *SHAPES], torch.float32, 2, add_samples))
+    assert [row["candidate"] for row in rows] == ["cuBLAS, no dots", "plain"] * 2
     for row in rows:
         B, T, n_in, n_out = row["shape"]
-        assert row["failure"] == "" and row["error"] < 1e-5 and row["ms"] == 2
-        assert row["tflops"] == pytest.approx(2 * B * T * n_in * n_out / 2e-3 / 1e12)
+        assert row["failure"] == "" and row["error"] < 1e-5
+        assert row["tflops"] == pytest.approx(2 * B * T * n_in * n_out / (row["ms"] / 1e3) / 1e12)
 
 
 def remembering(tmp_path, monkeypatch, key="this GPU", calls=None):
@@ -659,7 +653,7 @@ def test_the_choice_on_a_gpu(tmp_path, monkeypatch):
 @needs_triton
 @needs_gpu
 def test_a_table_of_candidates_on_a_gpu():
-    rows = kernels.candidates_report("cuda", [(2, 256, 256, 384)], torch.bfloat16, 2, add_samples)
+    rows = list(kernels.candidates_report("cuda", [(2, 256, 256, 384)], torch.bfloat16, 2, add_samples))
     assert [row["candidate"] for row in rows][0] == "cuBLAS, no dots"
     for row in rows:
         print(row)

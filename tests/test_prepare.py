@@ -10,10 +10,12 @@ import time
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 import prepare_owt
 from prepare_owt import SPLITS, encode
@@ -104,11 +106,8 @@ def test_minipile_has_the_tokens_that_its_readme_says(tmp_path, monkeypatch, gpt
 
 
 def test_parquet_and_text_files_and_globs(tmp_path, monkeypatch):
-    import datasets
-
-    half = datasets.Dataset.from_dict({"body": TEXTS[:100]}), datasets.Dataset.from_dict({"body": TEXTS[100:]})
-    for i, part in enumerate(half):
-        part.to_parquet(f"{tmp_path}/part{i}.parquet")
+    for i, part in enumerate((TEXTS[:100], TEXTS[100:])):
+        parquet.write_table(pa.table({"body": part}), f"{tmp_path}/part{i}.parquet")
     flags = ["--tokenizer=bytes", f"--data_dir={tmp_path}"]
     prepare(monkeypatch, f"--source={tmp_path}/part*.parquet", "--text_field=body", "--name=parquet", *flags)
     assert set(documents_of(f"{tmp_path}/parquet")) == set(TEXTS)
@@ -117,6 +116,55 @@ def test_parquet_and_text_files_and_globs(tmp_path, monkeypatch):
     halves = ["--val_fraction=0.3", "--test_fraction=0.3"]
     prepare(monkeypatch, f"--source={tmp_path}/*.txt", "--name=txt", *flags, *halves)
     assert set(documents_of(f"{tmp_path}/txt")) == {text + "\n\nend" for text in TEXTS[:30]}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_parquet_text_of_every_kind_with_nested_domains(kind, tmp_path):
+    text = pa.array(TEXTS).cast(kind) if kind != pa.string_view() else pa.array(TEXTS, kind)
+    domains = pa.array(
+        [{"set": {"name": None if i % 5 == 0 else i % 3, "n": i}} if i % 7 else None for i in range(200)]
+    )
+    table = pa.table({"id": list(range(200)), "text": text, "meta": domains})
+    parquet.write_table(table, f"{tmp_path}/a.parquet", row_group_size=60)
+    knobs = prepare_owt.Knobs(f"{tmp_path}/a.parquet", domain_field="meta.set.name")
+    expected = [str(i % 3) if i % 5 and i % 7 else "none" for i in range(200)]
+    assert list(prepare_owt.documents_of(knobs)) == list(zip(TEXTS, expected, strict=True))
+
+
+def test_of_rows_nothing_but_the_text_and_the_domain_is_read(tmp_path):
+    """Fields that come, go and change their type further down or in another file."""
+    rows = [[dict(text="a", meta=dict(id=1), d=None), dict(text=None, meta=dict(id="1"), extra=[1])]]
+    rows.append([dict(d="x", text="b", id=[{}]), dict(text="c", d=3)])
+    for i, lines in enumerate(rows):
+        with open(f"{tmp_path}/{i}.jsonl", "w", encoding="utf-8-sig" if i else "utf-8") as file:
+            file.writelines(json.dumps(line) + "\n\n" for line in lines)
+    knobs = prepare_owt.Knobs(f"{tmp_path}/*.jsonl", name="x", domain_field="d")
+    assert list(prepare_owt.documents_of(knobs)) == [("a", "none"), ("", "none"), ("b", "x"), ("c", "3")]
+    with open(f"{tmp_path}/list.json", "w", encoding="utf-8") as file:
+        json.dump(rows[0], file)
+    knobs = prepare_owt.Knobs(f"{tmp_path}/list.json", domain_field="d")
+    assert list(prepare_owt.documents_of(knobs)) == [("a", "none"), ("", "none")]
+    parquet.write_table(pa.table({"text": ["a"], "n": [1]}), f"{tmp_path}/0.parquet")
+    parquet.write_table(pa.table({"more": [[1]], "text": ["b"]}), f"{tmp_path}/1.parquet")
+    knobs = prepare_owt.Knobs(f"{tmp_path}/*.parquet", name="x")
+    assert list(prepare_owt.documents_of(knobs)) == [("a", "all"), ("b", "all")]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"txt": "b"}', "--text_field=text: .*a.jsonl, row 2 has no such field; there are: txt"),
+        ('{"text": ["b"]}', "--text_field=text: .*a.jsonl, row 2: has .'b'. there, not text"),
+        ('"b"', "--text_field=text: .*a.jsonl, row 2 has no such field; there are: none"),
+        ('{"text": "b', "--source=.*a.jsonl: could not be read .JSONDecodeError"),
+    ],
+)
+def test_a_row_that_is_wrong_is_named(line, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line + "\n")
+    with pytest.raises(SystemExit, match=message):
+        list(prepare_owt.documents_of(prepare_owt.Knobs(f"{tmp_path}/a.jsonl")))
 
 
 def test_the_embedded_corpus(tmp_path, monkeypatch, capsys):
@@ -338,11 +386,8 @@ def test_sources_without_text(tmp_path, monkeypatch):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet")
     (tmp_path / "notes.pdf").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    import pyarrow
-    from pyarrow import parquet
-
-    latin = pyarrow.array([b"text", b"caf\xe9"] * 50).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
+    latin = pa.array([b"text", b"caf\xe9"] * 50).view(pa.string())
+    parquet.write_table(pa.table({"text": latin}), tmp_path / "latin.parquet")
     for name, message in (
         ("empty.jsonl", "--source=.*empty.jsonl"),
         ("blank.jsonl", "no text in it"),

@@ -23,7 +23,7 @@ from data_value import attach_directions
 from model import GPT, GPTConfig
 from support import row_kernels
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_gpu = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(row_kernels.triton is None, reason="triton is not installed")
 DTYPES = [torch.float32, torch.bfloat16]
 # Of a gradient. bfloat16 has 8 bits: rounded as a GPU does it is off by up to 2^-8, cut off as the interpreter does, by

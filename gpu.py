@@ -1,0 +1,361 @@
+"""
+One command on a machine with an NVIDIA GPU, and minutes later every figure of this project that needs one.
+
+    make gpu                                       # into out/gpu/: read gpu.md there
+    make gpu OUT=out/gpu MINUTES=3 STAGES=2,3,4    # some of the stages
+    python gpu.py --out=out/gpu --minutes=6        # where there is no make
+    make gpu DEVICE=cpu                            # the rehearsal without a GPU: every stage, tiny
+    make gpu-data SOURCE=<file>                    # text and GPT-2's BPE for stage 5, into gpu_data/, for a machine
+                                                   # that has no network; SOURCE as prepare_owt.py's --source
+
+Stages: 1 what the machine is and can; 2 the tests that need a GPU; 3 the kernels' candidates and the head; 4 the steps
+of bench.py at 124M; 5 study/gpt2.py in the time that is left. Each is a process with a time limit, its share of the
+minutes that are left. None stops the others: what one has measured when it fails or is killed stays, and gpu.json,
+gpu.md and log.txt are written anew after each. The status is 1 if one failed.
+"""
+
+import glob
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from support.carry import pack
+from support.configurator import UserError, configure
+from support.stages import about_the_machine, end_of, shown, supervise, write_results
+from support.unexecuted import print_unexecuted, watch
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+SCRIPTS = [f"{ROOT}/gpu.py", f"{ROOT}/support/stages.py", f"{ROOT}/study/gpt2.py"]
+
+
+@dataclass
+class Knobs:
+    out: str = "out/gpu"  # the folder for gpu.md, gpu.json, log.txt and what stage 5 leaves
+    minutes: float = 6.0  # for everything
+    stages: str = "1,2,3,4,5"
+    device: str = "cuda"  # 'cpu': the rehearsal
+    data: str = "gpu_data"  # the folder that make gpu-data writes
+    pack: str = ""  # write the text of this source to `data`, and stop
+    domain_field: str = "domain"  # of that source
+    stage: int = 0  # used by the script itself: run this stage in this process,
+    work: str = ""  # with its files here,
+    seconds: float = 0.0  # within this time
+
+    def __post_init__(self):
+        if self.device not in ("cuda", "cpu"):
+            raise UserError(f"--device={self.device}: expected cuda, or cpu for the rehearsal")
+        self.order = [int(stage) for stage in re.findall(r"\d+", self.stages)]
+        if self.minutes <= 0 or not self.order or not set(self.order) <= set(STAGES):
+            raise UserError(f"--minutes={self.minutes} --stages={self.stages}: expected some time, and some of 1 to 5")
+        self.cuda = self.device != "cpu"
+
+
+# 124M at the paper's batch; or what takes no time
+FULL = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, vocab_size=50304)
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, vocab_size=257)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages: functions of the knobs and of report(**figures), which keeps what is measured. They import torch
+# themselves, since the process that starts them needs none.
+
+
+def timed(run, device, repeats=10):
+    """Seconds of run(), the mean of `repeats` in a row after two that warm up."""
+    from bench import seconds
+
+    for _ in range(2):
+        run()
+    return seconds(lambda: [run() for _ in range(repeats)], device) / repeats
+
+
+def machine(knobs, report):
+    """How fast it copies and multiplies."""
+    import torch
+
+    report(torch_cuda=str(torch.version.cuda), threads=torch.get_num_threads())
+    if knobs.cuda:
+        gpu, names = torch.cuda.get_device_properties(0), ("name", "major", "minor", "multi_processor_count")
+        report(**{name: getattr(gpu, name) for name in (*names, "L2_cache_size", "total_memory")})
+    a = torch.randn(2**28 if knobs.cuda else 2**16, device=knobs.device)  # 1 GB
+    b = torch.empty_like(a)
+    report(copy_gb_per_s=2 * a.nbytes / timed(lambda: b.copy_(a), knobs.device) / 1e9, copied_mb=a.nbytes / 2**20)
+    n = 8192 if knobs.cuda else 64
+    a, b = torch.randn(2, n, n, device=knobs.device).bfloat16()
+    report(product_tflops=2 * n**3 / timed(lambda: a @ b, knobs.device) / 1e12, n=n)
+
+
+def gpu_tests(knobs, report):
+    """The tests with the mark `gpu`, which are skipped where there is none."""
+
+    def run(path):
+        """In a process of its own: after an illegal access, say, nothing works any more on the GPU in its process."""
+        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", path]
+        outcomes = Counter()
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of plugins that this machine may have
+        with subprocess.Popen(command, **pipes, cwd=ROOT, env=environment) as tests:
+            timer = threading.Timer(knobs.seconds - 3, tests.kill)  # so that what has ended is counted
+            timer.start()
+            for line in tests.stdout:
+                print(line, end="", flush=True)
+                ended, failed = re.search(r"::.* (PASSED|SKIPPED|FAILED|ERROR)", line), re.match("FAILED|ERROR", line)
+                outcomes.update(ended.groups() if ended and not failed else ())
+                for said in [line] if failed else ():
+                    report(test=said.strip())
+        timer.cancel()
+        report(tests=os.path.basename(path), **outcomes)
+        passed.update(outcomes)
+        return tests.returncode
+
+    paths, passed = [], Counter()
+    for path in sorted(glob.glob(f"{ROOT}/tests/test_*.py")):
+        with open(path, encoding="utf-8") as file:
+            paths += [os.path.relpath(path, ROOT)] if "pytest.mark.gpu" in file.read() else []
+    with ThreadPoolExecutor(len(paths)) as pool:
+        codes = list(pool.map(run, paths))
+    failed = [path for path, code in zip(paths, codes, strict=True) if code not in (0, 5)]  # 5: it has none for now
+    assert not failed, f"failed, or not at the end after {knobs.seconds:.0f} s: {', '.join(failed)}"
+    assert passed["PASSED"] or not knobs.cuda, "no test has found a GPU"
+
+
+def candidates(knobs, report):
+    """The head beside the compiler's, the row kernels, the weight gradient's candidates beside cuBLAS."""
+    import torch
+    from torch.nn import functional as F
+
+    import bench
+    import data_value
+    from model import GPT, GPTConfig
+    from support import kernels, row_kernels
+
+    size, device, dtype = FULL if knobs.cuda else TINY, knobs.device, torch.bfloat16
+    B, T, C, V = (size[key] for key in ("batch_size", "block_size", "n_embd", "vocab_size"))
+    x = torch.randn(B, T, C, device=device, dtype=dtype, requires_grad=True)
+    targets, alpha = torch.randint(V, (B, T), device=device), torch.zeros(B, 1, device=device, requires_grad=True)
+    head = data_value.LossHead(C, V, bias=False, device=device)
+    data_value.attach_directions(head)
+
+    @torch.compile(fullgraph=True, dynamic=False, disable=not knobs.cuda)
+    def stock(x, targets):
+        return F.cross_entropy(F.linear(x, head.weight).flatten(0, 1), targets.flatten())
+
+    def step(loss_of, *arguments):
+        head.weight.grad = x.grad = None
+        with torch.autocast(knobs.device, dtype):
+            loss = loss_of(x, targets, *arguments)
+        loss.backward()
+
+    for name, run in dict(plain=[head], stock=[stock], scored=[head, alpha]).items():
+        ms = 1000 * timed(lambda run=run: step(*run), device)
+        report(head=name, ms=ms, tflops=6 * B * T * C * V / ms / 1e9)
+
+    launches = dict(cross_entropy_rows=(torch.randn(B * T, V, device=device, dtype=dtype), targets.view(-1), 1.0, True))
+    for name, arguments in launches.items() if knobs.cuda else ():
+        launch, traffic = getattr(row_kernels, name), getattr(row_kernels, f"{name}_traffic")
+        seconds = timed(lambda launch=launch, arguments=arguments: launch(*arguments), device)
+        report(kernel=name, ms=1000 * seconds, gb_per_s=traffic(*arguments)[0] / seconds / 1e9)
+
+    peak = bench.peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else 0.0
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{key: size[key] for key in size if key != "batch_size"}))
+    shapes = Counter(data_value.weight_gradient_shapes(model, B, T, device, dtype))
+    for shape, count in shapes.items():
+        for row in kernels.candidates_report(device, [shape], dtype, 1, data_value.add_samples):
+            report(calls=count, **row, of_peak=row["tflops"] / peak if row["tflops"] and peak else None)
+
+
+def steps(knobs, report):
+    """bench.py's arms at 124M, compiled, those that matter most first."""
+    import torch
+
+    import bench
+
+    cuda, gpu = knobs.cuda, torch.cuda.get_device_name() if knobs.cuda else ""
+    options = dict(val_batch_size=4, dtype="bfloat16", compile=cuda, device=knobs.device, rounds=7 if cuda else 1)
+    shape = bench.Knobs(**FULL if cuda else TINY, **options)
+    memory, peak = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated) if cuda else (lambda: 0, lambda: 0)
+    ours = bench.Bench(shape, False)
+    parameters, windows = sum(p.numel() for p in ours.model.parameters()), (ours.x_val, ours.y_val)
+    held = Counter(ours=memory())  # bytes that stay, of the one model and of the other
+    print(bench.choose_kernel(shape, ours.model), flush=True)
+
+    def arm(name, m=1):
+        def run():
+            ours.x_val, ours.y_val = (part[:m] for part in windows)
+            getattr(ours, name)()
+
+        return run
+
+    plan = dict(plain=arm("plain"), scored=arm("scored"), stock=None, val=arm("val"))
+    plan |= dict(scored4=arm("scored", 4), val4=arm("val", 4), order2=arm("order2"))  # 4: of m = 4 windows
+    arms = {}
+    for name, run in plan.items():
+        owner, before = "theirs" if name == "stock" else "ours", memory()
+        arms[name] = run or bench.Bench(shape, True).plain
+        first_s = bench.seconds(arms[name], knobs.device)  # compiles
+        held[owner] += memory() - before
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        kernels = longest_kernels(arms[name], cuda)
+        peak_mb = (peak() - sum(held.values()) + held[owner]) / 2**20
+        times = bench.take_turns(arms, shape)
+        ms = 1000 * statistics.median(times[name])
+        mfu = bench.mfu(shape, parameters, ms, gpu) if name in ("stock", "plain", "scored") else None
+        report(arm=name, ms=ms, mfu=mfu, peak_mb=peak_mb, first_s=first_s)
+        for kernel, (kernel_ms, calls) in kernels:
+            report(arm=name, kernel=kernel, ms=kernel_ms, calls=calls)
+        missing = dict.fromkeys([*plan, "order24"], [math.nan] * shape.rounds)
+        for m, end in ((1, ""), (4, "4")):
+            of = missing | times
+            arms_of_m = [of["stock"], of["plain"], *(of[name + end] for name in ("val", "scored", "order2"))]
+            rounds = [bench.ratios(*round_) for round_ in zip(*arms_of_m, strict=True)]
+            medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+            known = {key: ratio for key, ratio in medians.items() if not math.isnan(ratio)}
+            report(val_batch_size=m, **known)
+
+
+def longest_kernels(run, cuda, most=10):
+    """[(kernel, (ms, calls))] of a run, by torch.profiler; on a CPU of its operators, their own time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kind, clock = ("CUDA", "self_device_time_total") if cuda else ("CPU", "self_cpu_time_total")
+    with profile(activities={ProfilerActivity.CPU, getattr(ProfilerActivity, kind)}) as profiled:
+        run()
+    found = {}
+    for event in profiled.events():
+        if event.device_type.name == kind and not event.is_user_annotation:
+            ms, calls = found.get(event.name, (0.0, 0))
+            found[event.name] = ms + getattr(event, clock) / 1000, calls + 1
+    return sorted(found.items(), key=lambda item: -item[1][0])[:most]
+
+
+def figure2(knobs, report):
+    """GPT-2 124M: does it pay to leave out what has a negative value?"""
+    carried, bpe = f"{knobs.data}/corpus.parquet", f"{knobs.data}/tiktoken"
+    source = [f"--source={carried}", "--domain_field=domain"] if os.path.exists(carried) else ["--source=python"]
+    tokenizer = "gpt2" if os.path.isdir(bpe) else "bytes"
+    if tokenizer == "bytes":
+        print(f"{bpe}: not there, so tokens are bytes; `make gpu-data` puts GPT-2's BPE there")
+    os.environ["TIKTOKEN_CACHE_DIR"] = bpe
+    flags = [f"--tokenizer={tokenizer}", "--name=corpus", f"--data_dir={knobs.work}", f"--num_proc={os.cpu_count()}"]
+    started = time.monotonic()
+    subprocess.run([sys.executable, f"{ROOT}/prepare_owt.py", *source, *flags], check=True)
+    spent = time.monotonic() - started
+    report(source=source[0], tokenizer=tokenizer, prepare_s=spent)
+
+    minutes = (knobs.seconds - spent - 10) / 60  # ten seconds for the figure and for what takes longer than expected
+    flags = ["--dataset=corpus", f"--data_dir={knobs.work}", f"--out_dir={knobs.work}/gpt2", f"--minutes={minutes}"]
+    flags += [f"--device={knobs.device}", f"--compile={knobs.cuda and minutes > 5}"]
+    tiny = TINY | dict(vocab_size=0, max_iters=20, orders=1, val_batch_size=4)
+    flags += [] if knobs.cuda else [f"--{key}={value}" for key, value in tiny.items()]
+    sys.argv = ["study/gpt2.py", *flags]
+    runpy.run_path(f"{ROOT}/study/gpt2.py", run_name="__main__")
+
+
+# Each stage and its weight: the share of the time that is left is its weight's among those of the stages that have not
+# begun. Of six minutes the last one has at least 90 s.
+STAGES = {1: (machine, 2), 2: (gpu_tests, 4), 3: (candidates, 3), 4: (steps, 6), 5: (figure2, 5)}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process that runs them
+
+
+def limit_of(stage, waiting, left):
+    """The seconds of a stage, the first of those `waiting`, of the seconds that are left."""
+    return left * STAGES[stage][1] / sum(STAGES[other][1] for other in waiting)
+
+
+def run_stage(knobs, executed):
+    """The stage knobs.stage in this process."""
+    with open(f"{knobs.work}/stage_{knobs.stage}.jsonl", "a", encoding="utf-8") as file:
+
+        def report(**figures):
+            file.write(json.dumps(figures) + "\n")
+            file.flush()
+            print(", ".join(f"{key} {shown(value)}" for key, value in figures.items()), flush=True)
+
+        try:
+            STAGES[knobs.stage][0](knobs, report)
+        finally:
+            with open(f"{knobs.work}/lines_{knobs.stage}.json", "w", encoding="utf-8") as lines:
+                json.dump(sorted(executed), lines)
+
+
+def study_figures(path):
+    """What study/gpt2.py has kept so far, as figures."""
+    with open(path, encoding="utf-8") as file:
+        state = json.load(file)
+    arms = [{key: line[key] for key in ("arm", "order", "afresh", "seconds")} for line in state["arms"]]
+    for arm, line in zip(arms, state["arms"], strict=True):
+        arm |= dict(iters=line["iters"][-1], test_loss=line["test_loss"][-1])
+    return [state["plan"], *arms, *(dict(final=name, nats=found) for name, found in state["final"].items())]
+
+
+def measure(knobs, work, executed):
+    """Run the stages: a list of what they measured, one dict for each."""
+    deadline, stages = time.monotonic() + 60 * knobs.minutes, [about_the_machine()]
+    if not knobs.cuda:
+        os.environ["OMP_NUM_THREADS"] = "1"  # tiny shapes lose time by more
+    for place, stage in enumerate(knobs.order):
+        function, _ = STAGES[stage]
+        limit = limit_of(stage, knobs.order[place:], max(1.0, deadline - time.monotonic()))
+        print(f"== {stage}. {function.__doc__} (at most {limit:.0f} s)", flush=True)
+        flags = [f"--stage={stage}", f"--work={work}", f"--seconds={limit}"]
+        flags += [f"--device={knobs.device}", f"--data={os.path.abspath(knobs.data)}"]
+        started, log, figures = time.monotonic(), f"{work}/stage_{stage}.log", f"{work}/stage_{stage}.jsonl"
+        status = supervise([sys.executable, "-u", f"{ROOT}/gpu.py", *flags], limit, log)
+        said = {0: "passed", None: f"killed at its limit of {limit:.0f} s"}.get(status, f"failed with status {status}")
+        result = dict(stage=stage, what=function.__doc__, status=said, seconds=time.monotonic() - started, figures=[])
+        if os.path.exists(figures):
+            with open(figures, encoding="utf-8") as file:
+                result["figures"] = [json.loads(line) for line in file if line.endswith("\n")]
+        if stage == 5 and os.path.exists(f"{work}/gpt2/metrics.json"):
+            result["figures"] += study_figures(f"{work}/gpt2/metrics.json")
+        result["last_lines"] = end_of(log, 4000).splitlines()[-30:] if status != 0 else []
+        if os.path.exists(f"{work}/lines_{stage}.json"):
+            with open(f"{work}/lines_{stage}.json", encoding="utf-8") as file:
+                executed |= set(map(tuple, json.load(file)))
+        stages.append(result)
+        study = {"metrics.json": "gpt2.json", "figure.png": "gpt2.png", "baseline/values.npz": "gpt2_values.npz"}
+        files = {f"{work}/gpt2/{path}": name for path, name in study.items()}
+        write_results(knobs.out, stages, files, [f"{work}/stage_{one['stage']}.log" for one in stages[1:]])
+    return stages
+
+
+def main(executed):
+    """The status; `executed` is what watch gives in a rehearsal, empty otherwise."""
+    knobs = configure(Knobs, sys.argv[1:])
+    if knobs.stage:
+        sys.exit(run_stage(knobs, executed))
+    if knobs.pack:
+        tree, carried = pack(knobs.pack, knobs.domain_field, knobs.data)
+        sys.exit(print(f"{knobs.data}: {carried / 2**20:.1f} MiB, with the tree {(tree + carried) / 2**20:.1f} of 64"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the stage's processes
+    os.makedirs(knobs.out, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu_", ignore_cleanup_errors=True) as work:
+        stages = measure(knobs, work, executed)
+    for stage in stages:
+        print(f"{stage['stage']}. {stage['what']} {stage['status']}, {len(stage['figures'])} lines of figures")
+    print(f"{knobs.out}/gpu.md has them all")
+    return 1 if any(stage["status"] != "passed" for stage in stages) else 0
+
+
+if __name__ == "__main__":
+    rehearsal = "--device=cpu" in sys.argv
+    executed = watch(SCRIPTS) if rehearsal else set()
+    status = main(executed)
+    if rehearsal:
+        print_unexecuted(SCRIPTS, executed)
+    sys.exit(status)

@@ -1,0 +1,253 @@
+"""
+make gpu: rehearsed whole, once; what a failing, a hanging and a talking stage leave; what travels. And on a GPU, with
+twins on the CPU: a scored step, and a run that is killed and resumed.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
+from test_reliability import SCORED, same_run, start, wait_for_training
+
+import bench
+import data_value
+import gpu
+import train
+from support import carry, stages, unexecuted
+
+sys.path.insert(0, f"{ROOT}/study")
+
+import gpt2  # noqa: E402
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def scored_step(device, dtype):
+    """The dots, the loss and the weights' gradients of a small scored step, in float64 on the CPU."""
+    shape = dict(n_layer=2, n_head=2, n_embd=96, block_size=72, batch_size=6, vocab_size=515, bias=True)
+    knobs = bench.Knobs(device=device, dtype=dtype, value_direction="sgd", **shape)
+    run = bench.Bench(knobs, stock=False)  # its weights and windows are drawn on the CPU
+    bench.choose_kernel(knobs, run.model)
+    dots, gradients = run.scored_backward(), [p.grad for p in run.model.parameters()]
+    with torch.no_grad(), run.autocast:
+        loss = run.net(run.x, run.y)[1]
+    return [torch.cat([part.flatten() for part in parts]).double().cpu() for parts in ([dots], [loss], gradients)]
+
+
+@pytest.mark.parametrize(
+    "device, dtype, tolerance",
+    [
+        pytest.param("cpu", "bfloat16", 0.02, id="cpu-bfloat16"),  # what rounding the operands to 8 bits does
+        pytest.param("cuda", "float32", 1e-4, id="cuda-float32", marks=pytest.mark.gpu),
+        pytest.param("cuda", "bfloat16", 0.02, id="cuda-bfloat16", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_scored_step_is_that_of_the_cpu_in_float32(monkeypatch, device, dtype, tolerance):
+    monkeypatch.setattr(data_value, "weight_gradients", {})  # and as it was, afterwards
+    expected = scored_step("cpu", "float32")
+    for ours, theirs in zip(scored_step(device, dtype), expected, strict=True):
+        assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(home, device):  # noqa: F811
+    flags = f"{SCORED} --checkpoint_interval=2 --max_iters=60 --learning_rate=1e-3 --device={device}"
+    run = start(f"{flags} --out_dir=out/killed")
+    wait_for_training(run)
+    while not os.path.exists("out/killed/dot_prod"):  # the first checkpoint behind a step
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    run.communicate()
+    for folder, more in (("killed", "--init_from=resume"), ("whole", "")):
+        call(train.main, f"{flags} --out_dir=out/{folder} {more}")
+    same_run("out/killed", "out/whole", exact=device == "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def gpu_script(*flags):
+    return subprocess.run([sys.executable, f"{ROOT}/gpu.py", "--device=cpu", *flags], capture_output=True, text=True)
+
+
+def results_of(folder):
+    with open(f"{folder}/gpu.json", encoding="utf-8") as file:
+        results = {stage["stage"]: stage for stage in json.load(file)}
+    with open(f"{folder}/gpu.md", encoding="utf-8") as file:
+        return results, file.read()
+
+
+def test_the_rehearsal_runs_every_stage_and_executes_almost_every_line(tmp_path):
+    run = gpu_script(f"--out={tmp_path}/out", f"--data={tmp_path}/none")
+    assert run.returncode == 0, run.stdout + run.stderr
+    results, text = results_of(f"{tmp_path}/out")
+    assert [stage["status"] for stage in results.values()] == ["passed"] * 6
+    keys = {number: set().union(*stage["figures"]) for number, stage in results.items()}
+    assert {"gpu", "torch", "triton", "cores"} <= keys[0] and {"copy_gb_per_s", "product_tflops"} <= keys[1]
+    assert {"tests", "SKIPPED"} <= keys[2] and {"head", "candidate", "tflops"} <= keys[3]
+    assert {"tokenizer", "scored_s", "test_loss", "nats"} <= keys[5]
+    arms = {row["arm"] for row in results[4]["figures"] if "first_s" in row}
+    assert arms == {"plain", "scored", "stock", "val", "scored4", "val4", "order2"}
+    *_, last = (row for row in results[4]["figures"] if "overhead" in row)
+    assert set(last) == {"val_batch_size", "overhead", "total", "plain_over_stock", "val_over_plain"}
+    for stage in results.values():
+        assert f"## {stage['stage']}. {stage['what']}" in text and stage["figures"]
+    assert re.search(r"\| torch \|", text) and torch.__version__ in text
+
+    files = os.listdir(f"{tmp_path}/out")
+    assert set(files) == {"gpu.json", "gpu.md", "log.txt", "gpt2.json", "gpt2.png", "gpt2_values.npz"}
+    assert max(os.path.getsize(f"{tmp_path}/out/{name}") for name in files) < 2**24
+    with open(f"{tmp_path}/out/gpt2.json", encoding="utf-8") as file:
+        study = json.load(file)
+    assert [line["arm"] for line in study["arms"]] == ["control", "filtered", "random"]
+    assert set(study["final"]) == {"filtered - control", "random - control"}
+    said = int(re.search(r"lines that were not executed, (\d+):", run.stdout)[1])
+    assert 0 < said <= 20, run.stdout[-3000:]
+
+
+def test_a_stage_that_fails_leaves_the_others_figures_and_its_last_lines(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "corpus.parquet").write_bytes(b"PAR1 no parquet")
+    run = gpu_script(f"--out={tmp_path}/out", f"--data={tmp_path}/data", "--stages=5,1")
+    assert run.returncode == 1, run.stdout + run.stderr
+    results, text = results_of(f"{tmp_path}/out")
+    assert results[5]["status"] == "failed with status 1" and results[1]["status"] == "passed"
+    assert any("product_tflops" in row for row in results[1]["figures"])
+    assert "corpus.parquet: could not be read" in text and "corpus.parquet: could not be read" in run.stdout
+
+
+def test_a_stage_that_hangs_is_killed_with_its_children_and_what_it_said_stays(tmp_path, capfdbinary):
+    child = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', '{child}']); print(c.pid, flush=True)"
+    started = time.monotonic()
+    assert stages.supervise([sys.executable, "-c", f"{code}; c.wait()"], 2.0, f"{tmp_path}/log") is None
+    assert time.monotonic() - started < 30
+    pid = int((tmp_path / "log").read_text())
+    assert capfdbinary.readouterr().out == b"%d\n" % pid
+    for _ in range(100):  # the system takes its time to clean up
+        if not os.path.exists(f"/proc/{pid}") or "\nState:\tZ" in open(f"/proc/{pid}/status").read():  # noqa: SIM115
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child lives")
+
+
+@given(st.sets(st.sampled_from(list(gpu.STAGES)), min_size=1), st.floats(1, 10_000))
+def test_the_limits_of_the_stages_are_the_time_that_is_left(stages, left):
+    waiting, limits = sorted(stages), []
+    while waiting:
+        limits.append(gpu.limit_of(waiting[0], waiting, left - sum(limits)))
+        waiting = waiting[1:]
+    assert sum(limits) == pytest.approx(left) and min(limits) > 0
+
+
+def test_of_six_minutes_the_last_stage_has_90_seconds():
+    assert gpu.limit_of(5, [5], 360 - sum(gpu.limit_of(n, list(gpu.STAGES), 360) for n in range(1, 5))) >= 90
+
+
+@pytest.mark.parametrize("flag", ["--stages=6", "--stages=", "--minutes=0", "--stage=x", "--minute=3"])
+def test_mistakes(flag):
+    run = gpu_script(flag)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and flag.split("=")[0].strip("-")[:6] in run.stderr
+
+
+def test_lines_that_no_process_has_executed_are_found(tmp_path):
+    (tmp_path / "script.py").write_text("def f(x):\n    if x:\n        return 1\n    return 2\n\n\nf(1)\nlast = 3\n")
+    code = f"import sys; sys.path.insert(0, {ROOT!r}); from support import unexecuted as u; e = u.watch(['script.py'])"
+    code += "; import os, runpy; runpy.run_path(os.path.abspath('script.py')); u.print_unexecuted(['script.py'], e)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == "lines that were not executed, 1:\nscript.py:4: return 2\n", run.stderr
+    assert unexecuted.unexecuted(f"{tmp_path}/script.py", set()) == [2, 3, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What travels, and the study
+
+
+def test_what_is_packed_is_what_prepare_reads(home, monkeypatch, capsys):  # noqa: F811
+    import prepare_owt
+
+    cache = f"{ROOT}/../shared/tiktoken_cache"
+    if not os.path.isdir(cache):
+        pytest.skip("GPT-2's BPE files are not beside the repository (../shared/tiktoken_cache)")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cache)
+    texts = [(f"text {i} \ud800" if i == 3 else f"text {i}", ("a", None)[i % 2]) for i in range(50)]
+    with open("texts.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(dict(text=text, of=domain)) + "\n" for text, domain in texts)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--pack=texts.jsonl", "--domain_field=of", "--data=there"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(set())
+    assert not ended.value.code and "there: " in capsys.readouterr().out
+    assert len(os.listdir("there/tiktoken")) == 2
+    knobs = prepare_owt.Knobs("there/corpus.parquet", domain_field="domain")
+    expected = [(text.replace("\ud800", "?"), domain or "none") for text, domain in texts]
+    assert list(prepare_owt.documents_of(knobs)) == expected
+    monkeypatch.setattr(carry, "MOST", 1000)
+    with pytest.raises(SystemExit, match="there: .* are more than .* take a smaller SOURCE"):
+        gpu.main(set())
+
+
+@given(st.floats(30, 4000), st.floats(0.01, 1), st.floats(0, 1), st.floats(0.1, 30), st.integers(10, 10**5))
+def test_the_iterations_fit_into_the_time(seconds, scored_s, plain_share, run_s, most):
+    step = dict(scored_s=scored_s, plain_s=scored_s * plain_share, run_s=run_s)
+    try:
+        n = gpt2.iterations_that_fit(seconds, step, most)
+    except SystemExit:
+        assert seconds < (4 * run_s + 13 * scored_s) / 0.85
+        return
+    one_order = run_s + n * scored_s + 3 * (run_s + gpt2.TRIAL * n * step["plain_s"])
+    assert 10 <= n <= most and one_order <= seconds
+
+
+def test_differences_are_of_the_same_order():
+    losses = dict(control=[1.0, 2.0], filtered=[0.5], random=[1.5, 2.25])
+    lines = [
+        dict(arm=arm, order=i, afresh=False, test_loss=[9.0, x]) for arm in losses for i, x in enumerate(losses[arm])
+    ]
+    assert gpt2.differences(lines, "filtered") == [-0.5] and gpt2.differences(lines, "random") == [0.5, 0.25]
+    assert gpt2.differences(lines, "filtered", afresh=True) == []
+
+
+def test_the_study_goes_on_where_it_was_stopped(home, monkeypatch, capsys):  # noqa: F811
+    shape = [flag for flag in TINY.split() if flag.split("=")[0][2:] in gpt2.Knobs.__dataclass_fields__]
+    flags = ["gpt2.py", *shape, "--vocab_size=257", "--max_iters=10", "--val_batch_size=2", "--orders=1"]
+    monkeypatch.setattr(sys, "argv", flags)
+    arm_run = gpt2.arm_run
+
+    def in_this_process(command, **pipes):
+        call(train.main, " ".join(command[2:]))
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(gpt2.subprocess, "run", in_this_process)
+
+    def interrupted(knobs, plan, arm, order, afresh):
+        if arm == "random":
+            raise KeyboardInterrupt
+        return arm_run(knobs, plan, arm, order, afresh)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gpt2, "arm_run", interrupted)
+        gpt2.main()
+    with open("out/gpt2/metrics.json", encoding="utf-8") as file:
+        before = json.load(file)
+    gpt2.main()
+    with open("out/gpt2/metrics.json", encoding="utf-8") as file:
+        after = json.load(file)
+    assert after["arms"][:2] == before["arms"] and [line["arm"] for line in after["arms"]][2:] == ["random"]
+    assert after["plan"] == before["plan"] and len(after["final"]) == 2
+    assert np.load("out/gpt2/baseline/values.npz")["visits"].sum() == 40
+    assert "random - control" in capsys.readouterr().out
