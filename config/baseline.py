@@ -1,9 +1,9 @@
 # GPT-2 124M on OpenWebText, every training window valued, with the settings of "Data Shapley in One Training Run"
-# (arXiv 2406.11011, App. E.1 and Sec. 5.3.1), so that its Figure 2 can be attempted as published.
+# (arXiv 2406.11011, App. E.1 and Sec. 5.3.1), to repeat its Figure 2 as published.
 #
 #   python prepare_owt.py && python train.py config/baseline.py
 #
-# Its loss of 3.75 is a loss on the Pile: do not expect the number on OpenWebText, where another text is predicted.
+# The paper's loss of 3.75 is a loss on the Pile. OpenWebText is another text, so expect another number.
 # For the Pile: python prepare_owt.py --source=<a copy on the hub> --domain_field=meta.pile_set_name --name=pile, then
 # --dataset=pile.
 
@@ -35,12 +35,12 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0
 
-# The values. m = 1 validation window costs 1/16 of a step here, and is what the paper's setting comes to, but the
-# direction of one window is mostly noise: a large share of the signs is then wrong. The validation pass is paid once
-# an iteration, whatever the number of micro-batches, so that a large batch pays for a large m. We recommend
+# The values. m = 1 validation window costs 1/16 of a step here, as in the paper's setting. But the direction of one
+# window is mostly noise, so that a large share of the signs is wrong. The validation pass is paid once an iteration,
+# whatever the number of micro-batches. A large batch makes a large m cheap. We recommend
 #   --val_batch_size=16 --value_direction=adam --gradient_accumulation_steps=30
-# which is nanoGPT's batch of 480 windows, with a validation pass of 16 / 480 = 3.3% of an iteration. 'adam' scales the
-# direction as the optimiser scales its steps; 'sgd' is the paper's, derived for SGD and used as a proxy (Remark 7).
+# This is nanoGPT's batch of 480 windows, with a validation pass of 16 / 480 = 3.3% of an iteration. 'adam' scales the
+# direction as the optimiser scales its steps. 'sgd' is the paper's: derived for SGD, a proxy for Adam (Remark 7).
 score = True
 val_batch_size = 1
 value_direction = "sgd"

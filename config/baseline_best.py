@@ -1,12 +1,13 @@
-# GPT-2 124M on OpenWebText, every training window valued, with what study/README.md recommends instead of the paper's
-# settings (config/baseline.py). At this scale none of it has been run: the study's models are a thousandth of it.
+# GPT-2 124M on OpenWebText, every training window valued, with the settings that study/README.md recommends instead of
+# the paper's (config/baseline.py). Nobody has run them at this scale: the study's models are 500 times smaller.
 #
 #   python prepare_owt.py && python train.py config/baseline_best.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/baseline_best.py --gradient_accumulation_steps=32
 #
-# What it costs an iteration: the validation pass 16 / 480 windows, 3.3%; scoring 2 to 3% of a plain step as measured on
-# a CPU at 256 tokens (the dots' share falls as one over the window's length); the average one pass over the weights,
-# nothing beside 480 windows. Expect 5 to 7% in all, where the paper's batch of 16 pays 6% for a single window.
+# The cost of an iteration: the validation pass is 16 / 480 windows, 3.3%. Scoring is 2 to 3% of a plain step, as
+# measured on a CPU at 256 tokens (docs/cost.md); the share of the dot products falls as one over the window's length.
+# The average is one pass over the weights, nothing beside 480 windows. Expect 5 to 7% in all. The paper's batch of 16
+# pays 6% for a single validation window.
 
 out_dir = "out/baseline_best"
 dataset = "openwebtext"
@@ -20,12 +21,12 @@ dropout = 0.0
 bias = True
 
 # nanoGPT's batch, by accumulation: 480 windows of 1,024 tokens = 491,520 tokens an iteration. The validation pass is
-# paid once an iteration, so that a large batch makes a good direction cheap. (8 processes: 32 x 16 = 512 windows.)
+# paid once an iteration, so a large batch makes a good direction cheap. (8 processes: 32 x 16 = 512 windows.)
 batch_size = 16
 gradient_accumulation_steps = 30
 block_size = 1024
 
-# 6,000 iterations value 2,880,000 windows, a third of OpenWebText; nanoGPT's learning rate, which falls to the end
+# 6,000 iterations value 2,880,000 windows, a third of OpenWebText. The learning rate is nanoGPT's and falls to the end.
 max_iters = 6000
 learning_rate = 6e-4
 min_lr = 6e-5
@@ -37,16 +38,16 @@ beta2 = 0.95
 grad_clip = 1.0
 
 score = True
-# Sixteen windows, drawn anew every iteration: a window that stays the same values what is like that one window.
+# Sixteen windows, drawn anew every iteration. A single window that stays the same favours text that is like it.
 val_batch_size = 16
-# AdamW's own scaling: within a step the values then order the windows as the exact Shapley value does (Spearman 0.69 to
-# 0.95 in the study's steps with AdamW), with 'sgd' 0.12 to 0.85. Second order would give 0.95 to 1.00 for twice the
-# step's time, and finds no more: the noise of the validation windows is larger than the step's curvature.
+# AdamW's own scaling. Within a step, the values then order the windows nearly as the exact Shapley values do: Spearman
+# 0.69 to 0.95 in the study's steps with AdamW, and 0.12 to 0.85 with 'sgd'. Second order gives 0.95 to 1.00 for twice
+# the step's time, but finds no more: the noise of the validation windows is larger than the step's curvature.
 value_direction = "adam"
 value_order = 1
-# A running average over about 46 iterations, 740 windows: values of one window in two runs then agree at all (their
-# correlation was 0.27 in the study, 0.03 without), and dropping by their sign saved as much as knowing the damage. An
-# old gradient has partly been used up, so that more windows fall below zero, 40% where a fresh one has 25%.
+# A running average over about 46 iterations, 740 windows. In the study, the values of a window in two runs then had a
+# correlation of 0.27, and 0.03 without the average. Dropping by their sign saved as much as knowing the damage. The
+# model has partly followed the older gradients already, so more values are negative: 40%, and 25% with a fresh one.
 val_average = 32.0
 
 eval_interval = 250

@@ -1,5 +1,4 @@
-# A small byte-level GPT on the embedded corpus, every window valued, with the settings we recommend: minutes on two
-# CPU cores.
+# A small byte-level GPT on the embedded corpus, every window valued: minutes on two CPU cores.
 #
 #   python prepare_owt.py --source=python && python train.py config/demo_baseline.py
 
@@ -26,8 +25,8 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0
 
-# Sixteen validation windows, drawn anew every iteration, and the direction in which AdamW moves. They cost 16/32 of a
-# step at this small batch; a batch of nanoGPT's size would pay 3%.
+# Sixteen validation windows, drawn anew every iteration, and AdamW's scaling of the direction. The windows cost 16/32
+# of a step at this small batch. A batch of nanoGPT's size would pay 3%.
 score = True
 val_batch_size = 16
 value_direction = "adam"

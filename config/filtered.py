@@ -1,20 +1,20 @@
-# GPT-2 124M on the windows that config/baseline.py has valued: 10,000 iterations, all other settings the baseline's.
+# GPT-2 124M on the windows that config/baseline.py has valued: 10,000 iterations, otherwise the baseline's settings.
 #
 #   python train.py config/filtered.py                           the control, in out/control: all of those windows
 #   python train.py config/filtered.py --filter_negative=True    the treatment, in out/filtered: those not below zero
 #   python train.py config/filtered.py --drop_random=0.16        the other control, in out/random: as many, at random
 #   python report.py out/baseline out/control out/filtered out/random
 #
-# The arms differ in nothing else. The reference of the comparison is the control, not the baseline: that has seen
-# each of its windows once in 20,000 iterations, and its learning rate is still high after 10,000.
+# The arms differ in nothing else. Compare with the control, not with the baseline: the learning rate of the baseline is
+# still high after 10,000 of its 20,000 iterations.
 
 out_dir = "out/{arm}"
 dataset = "openwebtext"
 init_from = "scratch"
 
-# The paper removes the negatives among the data that was used (16% of it, Sec. 5.3.1). 'all' would let in every
-# window that the baseline never saw: 20,000 iterations of 16 are 320,000 windows, 4% of OpenWebText's 9 billion
-# tokens, so that the filter would touch 4% of the draws and do nothing that can be measured.
+# The paper removes the negatives among the data that was used (16% of it, Sec. 5.3.1). 'all' would also let in every
+# window that the baseline never saw. 20,000 iterations of 16 are 320,000 windows, 4% of OpenWebText's 9 billion tokens.
+# The filter would touch 4% of the draws, and nobody could measure what it does.
 filter_from = "out/baseline"
 filter_pool = "scored"
 filter_negative = False
@@ -26,14 +26,14 @@ vocab_size = 50304
 dropout = 0.0
 bias = True
 
-# 10,000 iterations of 16 draw 160,000 of the 320,000 windows: none is seen twice even if half of them are rejected
+# 10,000 iterations of 16 draw 160,000 of the 320,000 windows: none is seen twice even if half of them are dropped
 batch_size = 16
 gradient_accumulation_steps = 1
 block_size = 1024
 max_iters = 10000
 
-# "the same hyperparameters", but the cosine ends with the run; with --lr_decay_iters=20000 it would be the baseline's
-# first half
+# "the same hyperparameters" (Sec. 5.3.1), but here the cosine ends with the run. With --lr_decay_iters=20000 it would
+# be the first half of the baseline's.
 lr_decay_iters = 10000
 learning_rate = 6e-4
 min_lr = 6e-5

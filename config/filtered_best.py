@@ -5,16 +5,16 @@
 #   python train.py config/filtered_best.py --drop_random=0.4        the other control, in out/best_random
 #   python report.py out/baseline_best out/best_control out/best_filtered out/best_random
 #
-# Run the controls, with the share at random that the coverage line says is negative: the study's gain on undamaged
-# text is near its noise. Several seeds, --seed=1 and so on, tell you yours.
-# A run of this costs what a plain run costs: nothing is scored.
+# Run both controls: the study's gain on undamaged text is near its noise. For --drop_random take the share that the
+# coverage line calls negative. Run several seeds (--seed=1 and so on) to see your own noise.
+# A run costs what a plain run costs: nothing is scored.
 
 out_dir = "out/best_{arm}"
 dataset = "openwebtext"
 init_from = "scratch"
 
-# Only windows that were valued, the paper's pool. The sign decides: of averaged directions it dropped 40% in the study,
-# and saved what the oracle saved.
+# Only windows that were valued, the paper's pool. The sign decides. In the study, the sign of averaged directions
+# dropped 40% and saved as much as the oracle, where 15% of the windows were damaged.
 filter_from = "out/baseline_best"
 filter_pool = "scored"
 filter_negative = False
@@ -26,8 +26,8 @@ vocab_size = 50304
 dropout = 0.0
 bias = True
 
-# 3,000 iterations of 480 draw 1,440,000 of 2,880,000 windows: none is seen twice even if half of them are rejected, so
-# that no arm repeats more than another
+# 3,000 iterations of 480 draw 1,440,000 of 2,880,000 windows: none is seen twice even if half of them are dropped, so
+# no arm repeats more windows than another
 batch_size = 16
 gradient_accumulation_steps = 30
 block_size = 1024

@@ -94,6 +94,7 @@ TILES = {
         torch.bfloat16: [
             POINTERS[torch.bfloat16],
             Candidate("pointers", 256, 128, 64, 8, 3),
+            Candidate("pointers", 128, 128, 32, 8, 3),
             Candidate("pointers", 128, 128, 32, 4, 3),
         ],
         torch.float32: FLOAT32,
@@ -152,24 +153,35 @@ if triton is not None:
         return a, b, c, d
 
     @triton.jit
-    def dot_part(part, corner_ptr, rows_left, cols_left, IN: tl.constexpr, EVEN: tl.constexpr):
-        """<part, what lies at corner_ptr>, of which rows_left and cols_left are there."""
+    def dots_of_part(
+        part, corner_ptr, stride, rows_left, cols_left,
+        IN: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, EVEN: tl.constexpr,
+    ):  # fmt: skip
+        """<part, what lies at corner_ptr>, of which rows_left and cols_left are there, for K at a distance: (ROOM,)"""
         rows = tl.arange(0, part.shape[0])
         cols = tl.arange(0, part.shape[1])
         inside = (rows < (part.shape[0] if EVEN else rows_left))[:, None]
         inside = inside & (cols < (part.shape[1] if EVEN else cols_left))[None, :]
-        return tl.sum(part * tl.load(corner_ptr + (rows[:, None] * IN + cols[None, :]), mask=inside, other=0.0))
+        dots = tl.zeros((ROOM,), dtype=tl.float32)
+        for k in tl.range(0, K, disable_licm=True):
+            direction = tl.load(corner_ptr + (rows[:, None] * IN + cols[None, :]), mask=inside, other=0.0)
+            dots = tl.where(tl.arange(0, ROOM) == k, tl.sum(part * direction), dots)
+            corner_ptr += stride
+        return dots
 
     @triton.jit
-    def dot_tile(total, corner_ptr, rows_left, cols_left, IN: tl.constexpr, EVEN: tl.constexpr):
+    def dots_of_tile(
+        total, corner_ptr, stride, rows_left, cols_left,
+        IN: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, EVEN: tl.constexpr,
+    ):  # fmt: skip
         """The same of a whole tile, by quarters: registers have no room for a second tile."""
         COLS: tl.constexpr = total.shape[1] // 4
         a, b, c, d = quarters(total)
-        dot = dot_part(a, corner_ptr, rows_left, cols_left, IN, EVEN)
-        dot += dot_part(b, corner_ptr + COLS, rows_left, cols_left - COLS, IN, EVEN)
-        dot += dot_part(c, corner_ptr + 2 * COLS, rows_left, cols_left - 2 * COLS, IN, EVEN)
-        dot += dot_part(d, corner_ptr + 3 * COLS, rows_left, cols_left - 3 * COLS, IN, EVEN)
-        return dot
+        dots = dots_of_part(a, corner_ptr, stride, rows_left, cols_left, IN, K, ROOM, EVEN)
+        dots += dots_of_part(b, corner_ptr + COLS, stride, rows_left, cols_left - COLS, IN, K, ROOM, EVEN)
+        dots += dots_of_part(c, corner_ptr + 2 * COLS, stride, rows_left, cols_left - 2 * COLS, IN, K, ROOM, EVEN)
+        dots += dots_of_part(d, corner_ptr + 3 * COLS, stride, rows_left, cols_left - 3 * COLS, IN, K, ROOM, EVEN)
+        return dots
 
     @triton.jit
     def store_part(part, corner_ptr, rows_left, cols_left, IN: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr):
@@ -241,11 +253,9 @@ if triton is not None:
                 dy_part += BLOCK_T * dy_stride_t
                 x_part += BLOCK_T * x_stride_t
             # Read again for every sample: it comes from the cache.
-            after = tl.zeros((ROOM,), dtype=tl.float32)
+            size = tl.cast(OUT, tl.int64) * IN
             part = direction_ptr + corner
-            for k in tl.range(0, K, disable_licm=True):
-                after = tl.where(ks == k, dot_tile(total, part, OUT - row, IN - col, IN, EVEN), after)
-                part += tl.cast(OUT, tl.int64) * IN
+            after = dots_of_tile(total, part, size, OUT - row, IN - col, IN, K, ROOM, EVEN)
             tl.store(dot + ks, after - before, mask=ks < K)
             before = after
             dy_sample += dy_stride_b
@@ -290,11 +300,9 @@ if triton is not None:
                 total = total.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
             end = (t + 1 == steps) | (step + 1 == last)
             if end:
-                after = tl.zeros((ROOM,), dtype=tl.float32)
+                size = tl.cast(OUT, tl.int64) * IN
                 part = direction_ptr + corner
-                for k in tl.range(0, K, disable_licm=True):
-                    after = tl.where(ks == k, dot_tile(total, part, OUT - row, IN - col, IN, EVEN), after)
-                    part += tl.cast(OUT, tl.int64) * IN
+                after = dots_of_tile(total, part, size, OUT - row, IN - col, IN, K, ROOM, EVEN)
                 tl.store(dots + sample * K + ks, after - before, mask=ks < K)
                 before = after
         store_tile(total, dw_ptr + split.to(tl.int64) * OUT * IN + corner, OUT - row, IN - col, IN, EVEN, ADD)
