@@ -226,9 +226,11 @@ def test_the_study_goes_on_where_it_was_stopped(home, monkeypatch, capsys):  # n
     shape = [flag for flag in TINY.split() if flag.split("=")[0][2:] in gpt2.Knobs.__dataclass_fields__]
     flags = ["gpt2.py", *shape, "--vocab_size=257", "--max_iters=10", "--val_batch_size=2", "--orders=1"]
     monkeypatch.setattr(sys, "argv", flags)
-    arm_run = gpt2.arm_run
+    arm_run, run = gpt2.arm_run, subprocess.run
 
     def in_this_process(command, **pipes):
+        if command[1] != f"{ROOT}/train.py":  # git
+            return run(command, **pipes)
         call(train.main, " ".join(command[2:]))
         return subprocess.CompletedProcess(command, 0, "")
 
