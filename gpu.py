@@ -99,9 +99,8 @@ def machine(knobs, report):
 def gpu_tests(knobs, report):
     """The tests with the mark `gpu`, which are skipped where there is none."""
 
-    def run(path):
-        """In a process of its own: after an illegal access, say, nothing works any more on the GPU in its process."""
-        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", path]
+    def run(paths):
+        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", *paths]
         outcomes = Counter()
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of plugins that this machine may have
@@ -115,7 +114,7 @@ def gpu_tests(knobs, report):
                 for said in [line] if failed else ():
                     report(test=said.strip())
         timer.cancel()
-        report(tests=os.path.basename(path), **outcomes)
+        report(tests=" ".join(map(os.path.basename, paths)), **outcomes)
         passed.update(outcomes)
         return tests.returncode
 
@@ -123,10 +122,12 @@ def gpu_tests(knobs, report):
     for path in sorted(glob.glob(f"{ROOT}/tests/test_*.py")):
         with open(path, encoding="utf-8") as file:
             paths += [os.path.relpath(path, ROOT)] if "pytest.mark.gpu" in file.read() else []
-    with ThreadPoolExecutor(len(paths)) as pool:
-        codes = list(pool.map(run, paths))
-    failed = [path for path, code in zip(paths, codes, strict=True) if code not in (0, 5)]  # 5: it has none for now
-    assert not failed, f"failed, or not at the end after {knobs.seconds:.0f} s: {', '.join(failed)}"
+    # a process for each file: after an illegal access, say, nothing works any more on the GPU in its process
+    groups = [[path] for path in paths] if knobs.cuda else [paths]
+    with ThreadPoolExecutor(len(groups)) as pool:
+        codes = list(pool.map(run, groups))
+    failed = [group for group, code in zip(groups, codes, strict=True) if code not in (0, 5)]  # 5: it has none for now
+    assert not failed, f"failed, or not at the end after {knobs.seconds:.0f} s: {failed}"
     assert passed["PASSED"] or not knobs.cuda, "no test has found a GPU"
 
 
@@ -254,8 +255,8 @@ def figure2(knobs, report):
         print(f"{bpe}: not there, so tokens are bytes; `make gpu-data` puts GPT-2's BPE there")
     os.environ["TIKTOKEN_CACHE_DIR"] = bpe
     flags = [f"--tokenizer={tokenizer}", "--name=corpus", f"--data_dir={knobs.work}", f"--num_proc={os.cpu_count()}"]
-    started = time.monotonic()
-    subprocess.run([sys.executable, f"{ROOT}/prepare_owt.py", *source, *flags], check=True)
+    started, sys.argv = time.monotonic(), ["prepare_owt.py", *source, *flags]
+    runpy.run_path(f"{ROOT}/prepare_owt.py", run_name="__main__")
     spent = time.monotonic() - started
     report(source=source[0], tokenizer=tokenizer, prepare_s=spent)
 
