@@ -3,21 +3,21 @@ The paper's Figure 2 with GPT-2 124M in the time that there is: does it pay to l
 
     python study/gpt2.py --dataset=openwebtext --minutes=60    # on a GPU, into out/gpt2/; once more: it goes on
 
-A few scored iterations tell what a step takes. A baseline of N iterations, as many as leave time for two orders of the
-trial, values its windows with the directions of config/baseline_best.py. The trial starts every arm from the baseline's
-checkpoint, for N / 10 iterations in which the learning rate falls to zero: the control, the filtered one
-(filter_negative) and one that drops the same share at random, with the same window in every slot that two arms both
-accept. It is repeated in other orders while there is time; when four have ended and all three arms fit, they are
-trained afresh as well, for N / 2 iterations. Every run is one of train.py. What has ended is at once in metrics.json
-and figure.png, and is not run again.
+A baseline values its windows with the directions of config/baseline_best.py for half of the time, N iterations. The
+trial starts every arm from the baseline's checkpoint, for N / 10 iterations in which the learning rate falls to zero:
+the control, the filtered one (filter_negative) and one that drops the same share at random, with the same window in
+every slot that two arms both accept. It is repeated in other orders while there is time; when four have ended and all
+three arms fit, they are trained afresh as well, for N / 2 iterations. Every run is one of train.py. What has ended is
+at once in metrics.json and figure.png, and is not run again.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import matplotlib
@@ -34,7 +34,7 @@ from tables import interval  # noqa: E402
 from report import read_run  # noqa: E402
 from support.configurator import UserError, configure  # noqa: E402
 from support.corpus import load_meta  # noqa: E402
-from support.values import load_values  # noqa: E402
+from support.values import load_values, write_values  # noqa: E402
 
 
 @dataclass
@@ -68,51 +68,40 @@ RATE, TRIAL, AFRESH = 6e-4, 0.1, 0.5  # nanoGPT's learning rate; the iterations 
 ARMS = ("control", "filtered", "random")
 
 
-def train(knobs, folder, **flags):
-    """A run of train.py, gone on with where it was interrupted: its seconds. Raises UserError where it fails."""
+def train(knobs, folder, limit=None, **flags):
+    """
+    A run of train.py, gone on with where it was interrupted, and stopped after `limit` seconds: the seconds it took.
+    Raises UserError where it fails.
+    """
     theirs = {key: value for key, value in asdict(knobs).items() if key not in ("minutes", "orders")}
     flags = theirs | dict(eval_iters=16, checkpoint_interval=10**9) | flags | dict(out_dir=folder)
     flags |= dict(init_from="resume") if os.path.exists(f"{folder}/ckpt.pt") else {}
     command = [sys.executable, f"{ROOT}/train.py", *(f"--{key}={value}" for key, value in flags.items())]
     started = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)}: {done.stdout[-2000:]}")
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(limit)
+        process.terminate()  # train.py ends the step that it is in, and writes a checkpoint
+        if process.wait():
+            log.seek(0)
+            raise UserError(f"{' '.join(command)}: {log.read()[-2000:]}")
     return time.perf_counter() - started
 
 
-def scored_run(knobs, folder, iters, lr_decay_iters, log_interval):
-    """The seconds and the lines of metrics.jsonl of a run with the directions of config/baseline_best.py."""
-    flags = dict(score=True, value_direction="adam", val_average=32.0, max_iters=iters, eval_interval=iters)
-    flags |= dict(learning_rate=RATE, min_lr=RATE / 10, warmup_iters=lr_decay_iters // 20)
-    seconds = train(knobs, folder, **flags, lr_decay_iters=lr_decay_iters, log_interval=log_interval)
-    with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
-        return seconds, list(map(json.loads, file))
-
-
-def measure_step(knobs):
-    """The seconds of an iteration, scored and plain, and those of a run beside its iterations."""
-    shutil.rmtree(f"{knobs.out_dir}/step", ignore_errors=True)
-    seconds, lines = scored_run(knobs, f"{knobs.out_dir}/step", 17, 1000, 8)
-    shutil.rmtree(f"{knobs.out_dir}/step")
-    last = [line for line in lines if "step_ms" in line][-1]  # of iterations 9 to 16: the first ones compile
-    scored = last["step_ms"] / 1000
-    return dict(scored_s=scored, plain_s=scored - last["val_ms"] / 1000, run_s=seconds - 17 * scored)
-
-
-def iterations_that_fit(seconds, step, most):
-    """
-    N, at most `most`, such that the baseline and two orders of the trial take 0.9 of `seconds`, or one order if N would
-    be below 200. Raises UserError where it is below 10.
-    """
-    for runs in (6, 3):
-        iteration = step["scored_s"] + runs * TRIAL * step["plain_s"]
-        n = int((0.9 * seconds - (1 + runs) * step["run_s"]) / iteration)
-        if n >= 200:
-            break
-    if min(n, most) < 10:
-        raise UserError(f"--minutes: {seconds:.0f} s are too few for runs that take {step['run_s']:.0f} s each")
-    return min(n, most)
+def baseline_run(knobs, folder, iters, limit):
+    """The scored run, of `iters` iterations or `limit` seconds: what is known of it."""
+    flags = dict(score=True, value_direction="adam", val_average=32.0, max_iters=iters, eval_interval=10**9)
+    # Constant behind the warm-up: it need not know where it will end, and the trial finds something to gain.
+    flags |= dict(learning_rate=RATE, min_lr=RATE, warmup_iters=100, lr_decay_iters=10**6, log_interval=10)
+    seconds = train(knobs, folder, limit, **flags)
+    write_values(folder)  # the run itself writes them at its last iteration alone
+    _, value, visits = load_values(folder)
+    last = [line for line in read_run(folder).lines if "step_ms" in line][-1]
+    found = dict(iters=int(visits.sum()) // knobs.batch_size, baseline_s=seconds, negative=float((value < 0).mean()))
+    return found | dict(
+        lr=last["lr"], scored_s=last["step_ms"] / 1000, plain_s=(last["step_ms"] - last["val_ms"]) / 1000
+    )
 
 
 def arm_run(knobs, plan, arm, order, afresh):
@@ -122,7 +111,7 @@ def arm_run(knobs, plan, arm, order, afresh):
     flags = dict(filtered=dict(filter_negative=True), random=dict(drop_random=plan["negative"])).get(arm, {})
     flags |= dict(filter_from=baseline, filter_pool="scored", seed=order, max_iters=iters, log_interval=50)
     # from the checkpoint on with the learning rate that it ended with; AdamW's state begins anew, hence a warm-up
-    rates = (RATE, RATE / 10) if afresh else (plan["last_lr"], 0.0)
+    rates = (RATE, RATE / 10) if afresh else (plan["lr"], 0.0)
     flags |= dict(warmup_iters=iters // 10, eval_interval=max(1, iters // 5), learning_rate=rates[0], min_lr=rates[1])
     seconds = train(knobs, folder, init_from="scratch" if afresh else f"{baseline}/ckpt.pt", **flags)
     run = read_run(folder)
@@ -167,7 +156,7 @@ def write(knobs, state):
 
 def main():
     knobs = configure(Knobs, sys.argv[1:])
-    end, baseline = time.monotonic() + 60 * knobs.minutes, f"{knobs.out_dir}/baseline"
+    end = time.monotonic() + 60 * knobs.minutes
     os.makedirs(knobs.out_dir, exist_ok=True)
     state = dict(plan={}, arms=[])
     if os.path.exists(f"{knobs.out_dir}/metrics.json"):
@@ -177,24 +166,21 @@ def main():
     if not plan:
         tokens = load_meta(f"{knobs.data_dir}/{knobs.dataset}")["splits"]["train"]["tokens"]
         epoch = (tokens - 1) // knobs.block_size // knobs.batch_size
-        plan |= measure_step(knobs)
-        plan["iters"] = iterations_that_fit(end - time.monotonic(), plan, min(epoch, knobs.max_iters or epoch))
-        print("a scored step takes {scored_s:.4f} s, a run {run_s:.1f} s more: {iters:,} iterations".format(**plan))
-        write(knobs, state)
-    if "negative" not in plan:
-        # half of a cosine's way, so that the trial begins with a learning rate that there is something to gain from
-        n = plan["iters"]
-        plan["baseline_s"], lines = scored_run(knobs, baseline, n, 2 * n, max(1, n // 50))
-        plan |= dict(last_lr=[line["lr"] for line in lines if "lr" in line][-1], test_loss=lines[-1]["test_loss"])
-        plan["negative"] = float((load_values(baseline)[1] < 0).mean())
-        print("baseline: {baseline_s:.0f} s, test loss {test_loss:.4f}, {negative:.1%} negative".format(**plan))
+        plan |= baseline_run(
+            knobs, f"{knobs.out_dir}/baseline", min(epoch, knobs.max_iters or epoch), 30 * knobs.minutes
+        )
+        print(
+            "baseline: {iters:,} iterations in {baseline_s:.0f} s, {negative:.1%} negative".format(**plan), flush=True
+        )
         write(knobs, state)
 
     rounds = [(order, False) for order in range(1, knobs.orders + 1)]
     rounds[4:4] = [(0, True)] * (knobs.orders >= 4)
     for order, afresh in rounds:
         ended = {line["arm"] for line in state["arms"] if (line["order"], line["afresh"]) == (order, afresh)}
-        run_s = plan["run_s"] + (AFRESH if afresh else TRIAL) * plan["iters"] * plan["plain_s"]
+        # an arm takes what the longest has taken, and more if it is longer; the first order is not asked for its time
+        run_s = max((line["seconds"] for line in state["arms"] if not line["afresh"]), default=0.0)
+        run_s += (AFRESH - TRIAL) * afresh * plan["iters"] * plan["plain_s"]
         fits = time.monotonic() + (3 - len(ended)) * run_s < end
         for arm in [arm for arm in ARMS if fits and arm not in ended]:
             state["arms"].append(arm_run(knobs, plan, arm, order, afresh))

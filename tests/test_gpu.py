@@ -201,18 +201,6 @@ def test_what_is_packed_is_what_prepare_reads(home, monkeypatch, capsys):  # noq
         gpu.main(set())
 
 
-@given(st.floats(30, 4000), st.floats(0.01, 1), st.floats(0, 1), st.floats(0.1, 30), st.integers(10, 10**5))
-def test_the_iterations_fit_into_the_time(seconds, scored_s, plain_share, run_s, most):
-    step = dict(scored_s=scored_s, plain_s=scored_s * plain_share, run_s=run_s)
-    try:
-        n = gpt2.iterations_that_fit(seconds, step, most)
-    except SystemExit:
-        assert seconds < (4 * run_s + 13 * scored_s) / 0.85
-        return
-    one_order = run_s + n * scored_s + 3 * (run_s + gpt2.TRIAL * n * step["plain_s"])
-    assert 10 <= n <= most and one_order <= seconds
-
-
 def test_differences_are_of_the_same_order():
     losses = dict(control=[1.0, 2.0], filtered=[0.5], random=[1.5, 2.25])
     lines = [
@@ -222,19 +210,37 @@ def test_differences_are_of_the_same_order():
     assert gpt2.differences(lines, "filtered", afresh=True) == []
 
 
+def test_a_run_that_is_out_of_time_is_stopped_with_its_values(home, monkeypatch):  # noqa: F811
+    path = "out/baseline/metrics.jsonl"
+
+    class OutOfTimeOnceItReports(subprocess.Popen):
+        def wait(self, timeout=None):
+            while timeout and self.poll() is None:
+                if os.path.exists(path) and open(path).read().count("\n") > 3:  # noqa: SIM115
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                time.sleep(0.05)
+            return super().wait()
+
+    monkeypatch.setattr(gpt2.subprocess, "Popen", OutOfTimeOnceItReports)
+    shape = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, vocab_size=257, val_batch_size=2)
+    machine = dict(data_dir="data", dataset="tiny", device="cpu", dtype="float32", compile=False)
+    found = gpt2.baseline_run(gpt2.Knobs(**shape, **machine), "out/baseline", 10**6, 1.0)
+    assert 20 < found["iters"] < 10**6 and 0 <= found["negative"] <= 1 and 0 < found["plain_s"] < found["scored_s"]
+
+
 def test_the_study_goes_on_where_it_was_stopped(home, monkeypatch, capsys):  # noqa: F811
     shape = [flag for flag in TINY.split() if flag.split("=")[0][2:] in gpt2.Knobs.__dataclass_fields__]
     flags = ["gpt2.py", *shape, "--vocab_size=257", "--max_iters=10", "--val_batch_size=2", "--orders=1"]
     monkeypatch.setattr(sys, "argv", flags)
-    arm_run, run = gpt2.arm_run, subprocess.run
+    arm_run = gpt2.arm_run
 
-    def in_this_process(command, **pipes):
-        if command[1] != f"{ROOT}/train.py":  # git
-            return run(command, **pipes)
-        call(train.main, " ".join(command[2:]))
-        return subprocess.CompletedProcess(command, 0, "")
+    def in_this_process(knobs, folder, limit=None, **flags):
+        theirs = {key: value for key, value in vars(knobs).items() if key not in ("minutes", "orders")}
+        flags = theirs | flags | dict(out_dir=folder)
+        call(train.main, " ".join(f"--{key}={value}" for key, value in flags.items()))
+        return 1.0
 
-    monkeypatch.setattr(gpt2.subprocess, "run", in_this_process)
+    monkeypatch.setattr(gpt2, "train", in_this_process)
 
     def interrupted(knobs, plan, arm, order, afresh):
         if arm == "random":
