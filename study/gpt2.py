@@ -93,7 +93,9 @@ def baseline_run(knobs, folder, iters, limit):
     """The scored run, of `iters` iterations or `limit` seconds: what is known of it."""
     flags = dict(score=True, value_direction="adam", val_average=32.0, max_iters=iters, eval_interval=10**9)
     # Constant behind the warm-up: it need not know where it will end, and the trial finds something to gain.
-    flags |= dict(learning_rate=RATE, min_lr=RATE, warmup_iters=100, lr_decay_iters=10**6, log_interval=10)
+    flags |= dict(
+        learning_rate=RATE, min_lr=RATE, warmup_iters=min(100, iters // 4), lr_decay_iters=10**6, log_interval=10
+    )
     seconds = train(knobs, folder, limit, **flags)
     write_values(folder)  # the run itself writes them at its last iteration alone
     _, value, visits = load_values(folder)
