@@ -341,7 +341,7 @@ def test_the_name_comes_from_the_source(source, name):
 
 
 def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path, monkeypatch):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     def unreachable(*arguments, **options):
         raise ConnectionError("no route\nto the hub")
