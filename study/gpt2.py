@@ -189,7 +189,7 @@ def main():
             write(knobs, state)
             print(arm, f"order {order}", "afresh" * afresh, f"{state['arms'][-1]['test_loss'][-1]:.4f}", flush=True)
     for name, (mean, half) in state["final"].items():
-        print(f"{name}: {mean:+.4f} nats", f"+- {half:.4f}, 95% of the mean over orders" if half else "")
+        print(f"{name}: {mean:+.4f} nats", f"+- {half:.4f}, 95% of the mean over orders" if half is not None else "")
 
 
 if __name__ == "__main__":
