@@ -132,7 +132,7 @@ def draw_windows(ax, highest, lowest, columns=90, lines=2):
         for place, (heading, text) in enumerate(side):
             y = 1.6 + place * (lines + 1.6)
             ax.text(x, y, printable(heading), fontsize=7.5, va="center", color="0.25")
-            rows = textwrap.wrap(re.sub(" +", " ", text), columns, max_lines=lines, placeholder="…")
+            rows = textwrap.wrap(re.sub(" +", " ", text).strip(), columns, max_lines=lines, placeholder="…")
             ax.text(x, y + 0.5, "\n".join(rows), fontsize=6.2, family="DejaVu Sans Mono", va="top", linespacing=1.6)
 
 
