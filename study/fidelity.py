@@ -3,14 +3,14 @@ How well the values agree with the definition: the exact Shapley value of a sing
 
     python study/fidelity.py --dataset=study_minipile_clean     # a corpus of study.py's, or any in data/
 
-A subset S of a batch of B = 8 windows steps with (1/B) times the sum of its gradients, B fixed, with the optimizer's
-state, momentum and decay; its utility is how much lower the loss of m = 16 validation windows is than without a step.
-All 2^B steps are taken, in float64, and each window's Shapley value computed from them; (a) with the clipping
-coefficient and the second moments of the full batch for every subset, (b) with the subset's own. Beside them, the
-values of data_value.py: 'sgd' and 'adam', of first and second order. The states come from runs of train.py with AdamW
-at a constant learning rate, early (50 iterations) and late (800); SGD then takes its step from the same state.
+A subset S of a batch of B = 8 windows takes a step with (1/B) times the sum of its gradients, with the state of the
+optimizer, momentum and decay. Its utility is the drop of the loss of m = 16 validation windows, compared with no step.
+All 2^B steps are taken in float64, and each window's Shapley value is computed from them. In case (a) every subset has
+the clipping coefficient and the second moments of the full batch; in case (b) it has its own. They are compared with
+the values of data_value.py: 'sgd' and 'adam', of first and second order. The states come from runs of train.py with
+AdamW at a constant learning rate, early (50 iterations) and late (800). SGD then takes its step from the same state.
 
-One JSON line for every batch joins study/fidelity.jsonl; what is there is not computed again.
+One JSON line for every batch joins study/fidelity.jsonl. A batch that has a line is not computed again.
 """
 
 import argparse
@@ -30,11 +30,7 @@ sys.path.insert(0, ROOT)
 from data_value import attach_directions, retreat_to_midpoint, set_direction, validation_gradient  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from study import T, train  # noqa: E402
-from support.corpus import (  # noqa: E402
-    count_windows,  # noqa: E402
-    load_meta,
-    open_split,
-)
+from support.corpus import count_windows, load_meta, open_split  # noqa: E402
 from support.windows import TRAIN, VAL, WindowOrder, get_batch  # noqa: E402
 
 B, M, BATCHES = 8, 16, 6

@@ -4,14 +4,14 @@ Why 34% and not 16%: what makes the share of negative values, what they find, an
     python study/study.py --source=texts.parquet --foreign=german_manuals --single=novels  # columns text, domain
     python study/study.py --source=python --foreign=topics --single=modules                # this Python's own library
 
-A small byte-level GPT is scored in one run and trained afresh, in another, on what a filter keeps. One factor at a time
-is moved around the centre below. Every run is a run of train.py; when it has ended, one JSON line about it joins
-study/results.jsonl, and what has a line is not run again: a study that was interrupted goes on. study/tables.py makes
-the tables and figures of the lines.
+One run scores a small byte-level GPT, and another trains it afresh on the windows that a filter keeps. The plans below
+move one knob at a time. Every run is a run of train.py. When it has ended, one JSON line about it joins
+study/results.jsonl. A run that has a line is not run again, so a study that was interrupted goes on. study/tables.py
+makes the tables and figures from the lines.
 
-Three corpora are made of the source, without the domain `foreign`: as it is, and with 15% of the training windows
-replaced, 5% each by their own bytes in random order, by windows of the foreign domain, and by copies of eight windows.
-Validation and test are never touched.
+Two corpora are made of the source without the domain `foreign`. One is the text as it is. In the other, 15% of the
+training windows are replaced: 5% by their own bytes in random order, 5% by windows of the foreign domain, and 5% by
+copies of eight windows. The validation and test splits stay as they are.
 """
 
 import argparse
@@ -126,13 +126,16 @@ def auc(value, bad, good):
 
 
 def judge(value, kind):
-    """The share of negatives among values (n,), and the AUC for each kind of damage."""
-    found = {name: auc(value, kind == 1 + k, kind == 0) for k, name in enumerate(DAMAGE)}
-    return dict(negative=float((value < 0).mean()), auc=found)
+    """The AUC of values (n,) for each kind of damage."""
+    return {name: auc(value, kind == 1 + k, kind == 0) for k, name in enumerate(DAMAGE)}
 
 
 def measure_values(folder, dataset):
-    """What a scored run's log says, for each column; with the learning rate, without it, and in thirds of the run."""
+    """
+    What a scored run's log says of each column: the share of negatives (in all, and in thirds of the run), the AUC by
+    value and by z-score, the damaged share of the windows (of all, and of the lowest 15%), and the mean value and
+    the share of negatives of each domain in eighths of the run. Every window is visited once.
+    """
     log, meta = read_log(folder), load_meta(f"data/{dataset}")
     ids = log["sample_id"]
     kind = damage_of(ids) if dataset.endswith("damaged") else np.zeros(ids.shape, int)
@@ -140,26 +143,21 @@ def measure_values(folder, dataset):
     columns = {}
     for name, places in columns_of(log["directions"]).items():
         dots = log["dot_product"][:, :, places].mean(2, dtype=np.float64)
-        value = log["scale"] * dots
-        column = judge(value.ravel(), kind.ravel())  # every window is visited once
-        z = z_score(dots)
-        column["z_score"] = judge(z.ravel(), kind.ravel())
+        value, z = log["scale"] * dots, z_score(dots)
         lowest_ = kind.ravel()[np.argsort(z.ravel())[: int(0.15 * z.size)]]
-        column["z_score"]["damaged"] = [float((kind > 0).mean()), float((lowest_ > 0).mean())]
-        column["unweighted"] = judge(dots.ravel(), kind.ravel())
-        thirds = zip(np.array_split(value, 3), np.array_split(kind, 3), strict=True)
-        column["thirds"] = [judge(v.ravel(), k.ravel()) for v, k in thirds]
-        parts = [np.array_split(a, 8) for a in (value, domain)]
+        by_z = dict(auc=judge(z.ravel(), kind.ravel()), damaged=[float((k > 0).mean()) for k in (kind, lowest_)])
+        column = dict(negative=float((value < 0).mean()), auc=judge(value.ravel(), kind.ravel()), z_score=by_z)
+        column["thirds"] = [dict(negative=float((third < 0).mean())) for third in np.array_split(value, 3)]
         column["by_domain"] = [
             {meta["domains"][d]: [float(v[m == d].mean()), float((v[m == d] < 0).mean())] for d in np.unique(m)}
-            for v, m in zip(*parts, strict=True)
+            for v, m in zip(np.array_split(value, 8), np.array_split(domain, 8), strict=True)
         ]
         columns[name] = column
     return dict(columns=columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a filter goes by: functions of a scored run to (sample_id, number), of which train.py keeps those not below zero.
+# The rules of filters: from a scored run to (sample_id, number). train.py keeps the windows not below zero.
 
 
 def by_sign(folder, column=""):
@@ -168,7 +166,7 @@ def by_sign(folder, column=""):
 
 
 def lowest(share, key="value"):
-    """Drop the lowest `share` of the values, or of the z-scores within their iterations, wherever zero is."""
+    """Drop the lowest `share` of the values, or of the z-scores within their iterations, and not those below zero."""
 
     def rule(folder, column=""):
         sample_id, number, _ = load_values(folder, column, key)
@@ -223,7 +221,7 @@ def both_visits(folder, column=""):
 
 
 def both_visits_by_iteration(folder, column=""):
-    """The same of values in standard deviations of their iteration's, so that the first iterations do not rule."""
+    """The same sum, of values in standard deviations of their iteration: the first iterations' are the largest."""
     sums = 0
     for run in (folder, f"{folder} again"):
         log = read_log(run)
@@ -264,8 +262,6 @@ SCORED_DAMAGED = {
     "m4": BOTH | dict(val_batch_size=4),
     "m16 single": BOTH | dict(val_sets="{single}"),
     "m16 order2": BOTH | dict(value_order=2),
-    "m16 interval16": BOTH | dict(val_interval=16),
-    "m16 interval4": BOTH | dict(val_interval=4),
     "m1 average8": BOTH | dict(val_batch_size=1, val_average=8),
     "m1 average32": BOTH | dict(val_batch_size=1, val_average=32),
     "m16 average32": BOTH | dict(val_average=32),
@@ -294,8 +290,8 @@ TRAINED_DAMAGED = {
     "m1 average32 adam lowest of iteration": ("m1 average32", lowest(0.15, "z_score"), "all:adam", {}),
     "m16 average32 adam lowest of iteration": ("m16 average32", lowest(0.15, "z_score"), "all:adam", {}),
     "m1 sgd": ("m1", by_sign, "all:sgd", {}),
-    # the failed reproduction, and each of its causes removed (the unweighted sums remain: of a single visit the
-    # learning rate changes no sign)
+    # The failed reproduction, then each of its causes removed. The unweighted sums remain in all of them: of a single
+    # visit the learning rate changes no sign.
     "control all": ("m1 fixed", None, "", EVERYTHING),
     "failed": ("m1 fixed", unweighted, "all:sgd", EVERYTHING),
     "failed, redrawn": ("m1", unweighted, "all:sgd", EVERYTHING),
@@ -317,7 +313,7 @@ TRAINED_CLEAN = {
     "two visits by iteration": ("m16", both_visits_by_iteration, "all:adam", {}),
     "single": ("m16", by_sign, "{single}:adam", {}),
 }
-# the winner of the plan above, on undamaged text and seeds of its own
+# The best of the filters above, on undamaged text and fresh seeds.
 SCORED_CONFIRM = {"m16 average32": SCORED_CLEAN["m16 average32"]}
 TRAINED_CONFIRM = {
     "control": ("m16 average32", None, "", {}),
@@ -421,17 +417,17 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {}
 
-        def job(plan_name, dataset, name, run, waits_for, *rest):
+        def job(plan_name, dataset, name, seed, waits_for, run, *rest):
             """Run it once what it waits for has ended, and write its line."""
             for other in waits_for:
-                futures[dataset, other, rest[-1]].result()  # started before this one: no deadlock
-            if (dataset, name, rest[-1]) in done:
+                futures[dataset, other, seed].result()  # started before this one: no deadlock
+            if (dataset, name, seed) in done:
                 return
-            found = run(args, dataset, name.removeprefix("then "), *rest)
-            line = dict(plan=plan_name, corpus=dataset, name=name, seed=rest[-1], **found)
+            found = run(args, dataset, name.removeprefix("then "), *rest, seed)
+            line = dict(plan=plan_name, corpus=dataset, name=name, seed=seed, **found)
             with open(args.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            print(dataset, name, rest[-1], f"{line['seconds']:.0f} s", flush=True)
+            print(dataset, name, seed, f"{line['seconds']:.0f} s", flush=True)
 
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for plan_name in args.plans.split(","):
@@ -439,12 +435,12 @@ def main():
                 dataset = f"{base}_damaged" if plan_name == "damaged" else f"{base}_clean"
                 for name, knobs in scored.items():
                     waits = [knobs["filter_from"]] if "filter_from" in knobs else []
-                    rest = dataset, name, run_scored, waits, knobs, seed
-                    futures[dataset, name, seed] = pool.submit(job, plan_name, *rest)
+                    arguments = plan_name, dataset, name, seed, waits, run_scored, knobs
+                    futures[dataset, name, seed] = pool.submit(job, *arguments)
                 for name, (source, *plan) in trained.items():
                     waits = [source] + ["m16 again"] * name.startswith("two visits")
-                    rest = dataset, f"then {name}", run_trained, waits, source, *plan, seed
-                    futures[dataset, f"then {name}", seed] = pool.submit(job, plan_name, *rest)
+                    arguments = plan_name, dataset, f"then {name}", seed, waits, run_trained, source, *plan
+                    futures[dataset, f"then {name}", seed] = pool.submit(job, *arguments)
         try:
             for future in futures.values():
                 future.result()

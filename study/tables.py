@@ -3,11 +3,12 @@ The lines of study.py and fidelity.py -> tables in Markdown, and figures.
 
     python study/tables.py              # reads study/*.jsonl, writes study/*.png, prints the tables
 
-A number with an interval is the mean over the seeds and 95% of it (Student's t); the seeds share the split, the damage
-and the test windows. Losses are compared with the references of the same seed and pool: the mean of the control and of
-the random drops, which, where no window is drawn twice, are other orders of the control's windows. Saved: the share of
-the references' iterations that a run needs less to their final loss; where it does not get there, minus the share that
-they need less to the run's.
+A number with an interval is the mean over the seeds ± half of its 95% interval (Student's t). The seeds share the
+split, the damage and the test windows. The references of a run are the control and the random drops of the same seed
+and pool. Where no window is drawn twice, they are other orders of the control's windows. Losses are compared with the
+mean of the references. Saved is the share of the references' iterations that a run does not need to reach their final
+loss. For a run that does not reach it, saved is negative: the share of its own iterations that the references do not
+need to reach its final loss.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def cell(values, form="{:.1f}", scale=1.0):
 
 
 def saving(iters, losses, control):
-    """The share of the control's iterations saved: losses, control (e,) at iters (e,); negative where it is ahead."""
+    """The share of iterations saved beside the control, negative if the control is ahead. All (e,): losses at iters."""
     iters, losses, control = map(np.asarray, (iters, losses, control))
     if losses[-1] <= control[-1]:
         return 1 - first_crossing(iters, losses, control[-1]) / first_crossing(iters, control, control[-1])
@@ -127,6 +128,7 @@ def values_table(lines):
             row += [cell([c["z_score"]["auc"][kind] for c in one], "{:.2f}") for kind in kinds]
             row += [cell([c["z_score"]["damaged"][1] for c in one], "{:.0f}", 100)]
             knobs = next(iter(runs.values()))["knobs"]
+            # val_interval, iterations that one gradient served, is a knob of two rows that commit ffc8313 made
             windows = knobs.get("val_batch_size", 16) / knobs.get("val_interval", 1) / 32
             row += [f"{100 * windows:.0f}"]
             rows.append([*row, str(len(one))])

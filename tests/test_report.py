@@ -11,6 +11,7 @@ import torch
 
 import report
 from prepare_owt import write_checksums
+from support import figures
 from support.configurator import UserError
 from support.corpus import Tokens
 from support.values import write_values
@@ -103,16 +104,28 @@ def make_baseline(losses=(5, 4, 3, 2.5, 2), **knobs):
     return "out/baseline"
 
 
-def result(capsys, *argv):
-    report.main([*argv, "--json"])
-    return json.loads(capsys.readouterr().out)
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For a test that looks at the table and the notes alone."""
+    monkeypatch.setattr(report, "write_figures", lambda *args: None)
 
 
-def rows_of(capsys, *argv):
-    return {row["name"]: row for row in result(capsys, *argv)["rows"]}
+def rows_of(*folders, reference=None, target_loss=None):
+    """{name: row} of the table; the reference is the first group if it is not named."""
+    groups = report.group_runs([report.read_run(folder) for folder in folders])
+    return {row["name"]: row for row in report.compare(groups, reference or next(iter(groups)), target_loss)}
 
 
-def test_the_first_crossing():
+def printed(capsys, *argv):
+    """What the command prints: {head of a column: cell} for each row by its name, and the notes below the table."""
+    report.main(argv)
+    table, notes = capsys.readouterr().out.split("\n\n")
+    head, rule, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    assert all(set(cell) == {"-"} for cell in rule)
+    return {line[0]: dict(zip(head, line, strict=True)) for line in lines}, notes
+
+
+def test_the_first_crossing_is_interpolated_and_passes_over_losses_that_are_not_finite():
     iters, losses = np.array([0, 10, 20, 30, 40]), np.array([5.0, 4.0, 3.0, 3.5, 2.0])
     assert report.first_crossing(iters, losses, 3.25) == 17.5
     assert report.first_crossing(iters, losses, 3.0) == 20
@@ -122,20 +135,31 @@ def test_the_first_crossing():
     assert report.first_crossing(iters, np.array([5.0, 4.0, np.nan, np.nan, np.nan]), 3.0) is None
 
 
-def test_the_saving_against_a_noisy_control(capsys):
+def test_a_noisy_control_is_asked_for_its_first_crossing_too(no_figures, capsys):
     make_run("out/control", [5, 4, 2.9, 3.2, 3.0], **CONTROL)  # at its final 3.0 first at 10 + 10 * 1 / 1.1
     make_run("out/filtered", [5, 3.5, 2.5, 2.4, 2.2], **FILTERED)  # at 10 + 10 * 0.5 / 1
-    rows = rows_of(capsys, "out/filtered", "out/control")
+    rows = rows_of("out/control", "out/filtered")
     assert rows["control"]["reference"] and not rows["filtered"]["reference"]
-    assert rows["control"]["iterations"]["mean"] == pytest.approx(10 + 10 / 1.1)
-    assert rows["filtered"]["iterations"]["mean"] == 15
-    assert rows["filtered"]["saved"]["mean"] == pytest.approx(1 - 15 / (10 + 10 / 1.1))
-    assert rows["control"]["saved"]["mean"] == 0
-    assert rows["control"]["final_loss"]["mean"] == 3.0 and rows["control"]["best_loss"]["mean"] == 2.9
-    assert rows["filtered"]["coverage"] == COVERAGE
+    assert rows["control"]["iterations"] == pytest.approx([10 + 10 / 1.1]) and rows["filtered"]["iterations"] == [15]
+    assert rows["filtered"]["saved"] == pytest.approx([1 - 15 / (10 + 10 / 1.1)])
+    assert rows["control"]["saved"] == [0] and rows["control"]["loss"] == [3.0]
+    cells, _ = printed(capsys, "out/filtered", "out/control")
+    assert cells["filtered"] == {
+        "run": "filtered",
+        "seeds": "1",
+        "iterations to the final test loss of control": "15",
+        "saved": "21.4%",
+        "final test loss": "2.2000",
+        "negative windows": "–",
+        "eligible / scored / corpus windows": "120 / 160 / 1,000",
+        "touchable draws": "100%",
+        "step, ms": "122.5",
+        "validation pass, ms": "–",
+    }
+    assert cells["control"]["saved"] == "reference"
 
 
-def test_the_loss_of_one_of_the_validation_sets(capsys):
+def test_test_set_goes_by_the_loss_of_one_of_the_validation_sets(no_figures, capsys):
     for name, arm, losses in (("control", CONTROL, [5, 4, 3, 2, 1]), ("filtered", FILTERED, [5, 3, 1, 1, 1])):
         folder = make_run(f"out/{name}", [5, 4, 3, 2, 2], **arm, val_sets="all,odd")
         with open(f"{folder}/metrics.jsonl") as file:
@@ -144,11 +168,14 @@ def test_the_loss_of_one_of_the_validation_sets(capsys):
             line["test_loss_odd"] = loss
         with open(f"{folder}/metrics.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-    for flags, saved in (([], 0.0), (["--test_set=all"], 0.0), (["--test_set=odd"], 0.5)):
-        report.main(["out/control", "out/filtered", "--json", *flags])
-        found = json.loads(capsys.readouterr().out)
-        assert [row["saved"]["mean"] for row in found["rows"]] == [0.0, saved]
-        assert ("Test losses are those of odd alone." in found["notes"]) == (saved > 0)
+    for flags, name, saved in (
+        ([], "test loss", "0.0%"),
+        (["--test_set=all"], "test loss", "0.0%"),
+        (["--test_set=odd"], "test loss on odd", "50.0%"),
+    ):
+        cells, _ = printed(capsys, "out/control", "out/filtered", *flags)
+        assert cells["filtered"]["saved"] == saved
+        assert {f"iterations to the final {name} of control", f"final {name}"} < set(cells["control"])
     with pytest.raises(SystemExit, match="trained with --val_sets=all,odd; train it with --val_sets=all,even"):
         report.main(["out/control", "--test_set=even"])
 
@@ -157,62 +184,61 @@ def test_a_saving_is_negative_or_absent_where_it_is(capsys):
     make_run("out/control", [5, 4, 3, 2, 1.0], **CONTROL, seed=1)
     make_run("out/late", [5, 4.5, 4, 3, 1.0, 1.0], **FILTERED, max_iters=50)
     make_run("out/never", [5, 4, 3, 2, 1.1], **CONTROL, drop_random=0.25)
-    rows = rows_of(capsys, "out/control", "out/late", "out/never", "--target_loss=2")
-    assert rows["late"]["saved"]["mean"] == pytest.approx(1 - 35 / 30)
-    report.main(["out/control", "out/late", "out/never"])
-    out = capsys.readouterr().out
-    assert out.count("not reached") == 1  # by never
-    assert "late differs from control in more than its windows: max_iters 50 (not 40)" in out
-    rows = rows_of(capsys, "out/control", "out/late", "--target_loss=0.5")  # not by the reference either
-    assert rows["control"]["iterations"]["mean"] is None and rows["late"]["saved"]["mean"] is None
-    rows = rows_of(capsys, "out/control", "out/late", "--target_loss=7")
-    assert rows["late"]["iterations"]["mean"] == 0 and rows["late"]["saved"]["mean"] is None
+    runs = ["out/control", "out/late", "out/never"]
+    assert rows_of(*runs, target_loss=2)["late"]["saved"] == pytest.approx([1 - 35 / 30])
+    cells, notes = printed(capsys, *runs)
+    goal = "iterations to the final test loss of control"
+    assert cells["never"][goal] == "not reached" and cells["late"][goal] == "40" and cells["late"]["saved"] == "0.0%"
+    assert "late differs from control in more than its windows: max_iters 50 (not 40)." in notes
+    rows = rows_of(*runs, target_loss=0.5)  # nor does the reference reach it
+    assert rows["control"]["iterations"] == [None] and rows["late"]["saved"] == [None]
+    rows = rows_of(*runs, target_loss=7)
+    assert rows["late"]["iterations"] == [0] and rows["late"]["saved"] == [None]
+    for target in (2, 0.5, 7):
+        cells, _ = printed(capsys, *runs, f"--target_loss={target}")  # the figures as well
+        assert "iterations to the target test loss" in cells["late"]
 
 
-def test_the_reference(capsys):
-    make_baseline()
+def test_the_reference_is_the_control_or_else_the_first_run(no_figures, capsys):
+    make_run("out/baseline", [5, 4, 3, 2.5, 2])
     make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
     make_run("out/filtered", [5, 4, 3, 2, 1], **FILTERED)
     runs = ["out/baseline", "out/filtered", "out/control"]
-    for argv, name in (
+    for folders, name in (
         (runs, "control"),
         (runs[:2], "baseline"),
-        ([*runs, "--reference=out/filtered/"], "filtered"),
+        (runs[1::-1], "filtered"),
         ([*runs, "out/control/"], "control"),  # the same folder twice is one run
     ):
-        rows = rows_of(capsys, *argv)
-        assert [row["name"] for row in rows.values() if row["reference"]] == [name]
-    with pytest.raises(UserError, match="--reference=out/other: not among the runs .*out/control.*add it"):
-        report.main([*runs, "--reference=out/other"])
+        cells, _ = printed(capsys, *folders)
+        assert [run for run, row in cells.items() if row["saved"] == "reference"] == [name]
 
 
-def test_seeds_are_averaged_and_paired(capsys):
+def test_seeds_are_averaged_and_each_compared_with_the_reference_of_its_seed(no_figures, capsys):
     make_run("out/control_s1", [5, 4, 3, 2.5, 2.0], **CONTROL, seed=1)
     make_run("out/control_s2", [5, 4, 3, 2.5, 1.0], **CONTROL, seed=2)
     make_run("out/filtered_s1", [5, 4, 2, 1, 1], **FILTERED, seed=1)  # 2.0 at 20: saves 1/2 of seed 1's 40
     make_run("out/filtered_s2", [5, 4, 2, 1, 1], **FILTERED, seed=2)  # 1.0 at 30: saves 1/4 of seed 2's 40
-    make_run("out/filtered_s3", [5, 4, 2, 1, 1], **FILTERED, seed=3)  # the mean's 1.5 at 25: saves 3/8 of 40
-    rows = rows_of(capsys, *(f"out/control_s{s}" for s in (1, 2)), *(f"out/filtered_s{s}" for s in (1, 2, 3)))
-    assert rows["filtered"]["saved"]["each"] == pytest.approx([1 / 2, 1 / 4, 3 / 8])
-    assert rows["filtered"]["saved"]["mean"] == pytest.approx(3 / 8)
-    assert rows["filtered"]["saved"]["sd"] == pytest.approx(1 / 8)
-    assert rows["filtered"]["target"]["each"] == [2.0, 1.0, 1.5]
-    assert rows["control"]["seeds"] == [1, 2] and rows["control"]["final_loss"]["mean"] == 1.5
-    report.main(["out/control_s1", "out/control_s2", "out/filtered_s1", "out/filtered_s2"])
-    out = capsys.readouterr().out
-    assert "37.5 ± 17.7%" in out and "1.5000 ± 0.7071" in out and "±: standard deviation over seeds" in out
+    make_run("out/filtered_s3", [5, 4, 2.5, 1.5, 1], **FILTERED, seed=3)  # 2.0 at 25: saves 3/8 of the first one's 40
+    runs = [f"out/control_s{s}" for s in (1, 2)] + [f"out/filtered_s{s}" for s in (1, 2, 3)]
+    rows = rows_of(*runs)
+    assert rows["filtered"]["saved"] == pytest.approx([1 / 2, 1 / 4, 3 / 8])
+    assert rows["filtered"]["target"] == [2.0, 1.0, 2.0] and len(rows["control"]["runs"]) == 2
+    cells, notes = printed(capsys, *runs)
+    assert cells["filtered"]["saved"] == "37.5 ± 12.5%" and cells["control"]["final test loss"] == "1.5000 ± 0.7071"
+    assert cells["filtered"]["seeds"] == "3" and "±: standard deviation over seeds" in notes
 
 
 def test_a_mean_saving_needs_every_seed(capsys):
     for seed, losses in ((1, [5, 1.0]), (2, [5, 3.0])):
         make_run(f"out/control_s{seed}", [5, 2.0], **CONTROL, seed=seed, max_iters=10)
         make_run(f"out/filtered_s{seed}", losses, **FILTERED, seed=seed, max_iters=10)
-    report.main([f"out/{arm}_s{seed}" for arm in ("control", "filtered") for seed in (1, 2)])
-    assert "not reached (1 of 2 did)" in capsys.readouterr().out
+    cells, _ = printed(capsys, *(f"out/{arm}_s{seed}" for arm in ("control", "filtered") for seed in (1, 2)))
+    assert "not reached (1 of 2 did)" in cells["filtered"].values() and cells["filtered"]["saved"] == "–"
 
 
-def test_what_a_group_is(capsys):
-    for m in (1, 16):  # arms by the values of different runs are no seeds of each other
+def test_arms_by_the_values_of_different_runs_are_no_seeds_of_each_other():
+    for m in (1, 16):
         for seed in (1, 2):
             make_run(f"out/m{m}_s{seed}", [5, 2], scored=True, val_batch_size=m, seed=seed, max_iters=10)
             arm = dict(FILTERED, filter_from=f"out/m{m}_s{seed}", seed=seed, max_iters=10)
@@ -220,7 +246,8 @@ def test_what_a_group_is(capsys):
     make_run("out/again", [5, 2], **dict(FILTERED, filter_from="out/m1_s1", max_iters=10))  # a seed it has already
     make_run("out/big", [5, 2], **dict(FILTERED, filter_from="out/m1_s1", max_iters=10, learning_rate=1.0, seed=3))
     names = sorted((f"out/{name}" for name in os.listdir("out")), reverse=True)
-    assert [row["folders"] for row in result(capsys, *names)["rows"]] == [
+    groups = report.group_runs([report.read_run(name) for name in names])
+    assert [[run.folder for run in runs] for runs in groups.values()] == [
         ["out/m1_s2", "out/m1_s1"],
         ["out/m16_s2", "out/m16_s1"],
         ["out/filtered_m1_s2", "out/filtered_m1_s1"],
@@ -246,57 +273,61 @@ def test_names_of_groups(folders, name):
     assert report.group_name(folders) == name
 
 
-def test_one_scored_run_alone(capsys, corpus):
-    found = result(capsys, make_baseline())
-    assert list(found["files"]) == ["loss.png", "values.png", "windows.txt", "report.png"]
-    for path in found["files"].values():
-        assert os.path.dirname(path) == "out/report"
-        if path.endswith(".png"):
-            image = matplotlib.image.imread(path)[..., :3]
-            assert image.shape[1] > 1000 and image.std() > 0.1
-    assert not [name for name in os.listdir("out/report") if name.endswith(".tmp")]
-    (row,) = found["rows"]
-    assert row["negative_windows"]["mean"] == 0.25
-    assert row["negative_draws"]["mean"] == pytest.approx((1 + 30 * 0.25) / 31)
-    assert (row["step_ms"]["mean"], row["validation_ms"]["mean"]) == (122, 20)  # the first line is left out
-    assert not any("Saved" in note for note in found["notes"])
-    report.main(["out/baseline"])
-    out = capsys.readouterr().out
-    assert "20.0 (+16%)" in out and "25.0%" in out and out.startswith("| run ")
-    lines = [line for line in out.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1 and set(lines[1]) == set("|- ")
+def test_one_scored_run_alone_has_its_share_of_negatives_its_costs_and_four_files(capsys, corpus):
+    cells, notes = printed(capsys, make_baseline())
+    row = cells["baseline"]
+    assert (row["negative windows"], row["step, ms"], row["validation pass, ms"]) == ("25.0%", "122.5", "20.0")
+    assert "Values in the figures: out/baseline, column all:sgd." in notes and "Figures: out/report" in notes
+    assert sorted(os.listdir("out/report")) == ["loss.png", "report.png", "values.png", "windows.txt"]
+    for name in ("loss.png", "report.png", "values.png"):
+        image = matplotlib.image.imread(f"out/report/{name}")[..., :3]
+        assert image.shape[1] > 1000 and image.std() > 0.1
 
 
-def test_the_windows_as_text(capsys, corpus):
-    found = result(capsys, make_baseline(), "--out=elsewhere")
-    with open(found["files"]["windows.txt"], encoding="utf-8") as file:
-        text = file.read()
-    highest, lowest = text.split("Lowest")
-    assert "+2.90e−05 nats in 4 visits, window 39, odd" in highest.split("\n\n")[1]
-    assert "−1.00e−05 nats in 4 visits, window 0, even\n    plain tex" in lowest
-    assert lowest.count("nats") == highest.count("nats") == 5
-    assert "$math$ \\↵" in text and "↵\n    \\ttab\\x00\\x07\\xff" in text  # each control character and byte escaped
-    assert "\\u4e2d é" in text  # no glyph for the one, one for the other
-    assert all(c.isprintable() or c == "\n" for c in text)
+def test_the_windows_are_text_with_escapes_for_what_no_font_has(no_figures, corpus):
+    scored = report.read_scored(report.read_run(make_baseline()))
+    headings, texts = zip(*scored["highest"] + scored["lowest"], strict=True)
+    assert len(scored["highest"]) == len(scored["lowest"]) == 5
+    assert headings[0] == "+2.90e−05 nats in 4 visits, window 39, odd"
+    assert (headings[5], texts[5]) == ("−1.00e−05 nats in 4 visits, window 0, even", "plain tex")
+    assert any("$math$ \\↵" in text for text in texts)
+    assert any("↵\\ttab\\x00\\x07\\xff" in text for text in texts)  # each control character and byte escaped
+    assert any("\\u4e2d é" in text for text in texts)  # no glyph for the one, one for the other
 
 
-def test_values_come_from_the_first_run_that_has_them(capsys, corpus):
+def test_windows_txt_begins_a_line_where_the_window_does(capsys, corpus):
+    printed(capsys, make_baseline(), "--out=elsewhere")
+    with open("elsewhere/windows.txt", encoding="utf-8") as file:
+        highest, lowest = file.read().split("Lowest values\n\n")
+    assert highest.startswith("Highest values\n\n+2.90e−05 nats in 4 visits, window 39, odd\n    ")
+    assert lowest.startswith("−1.00e−05 nats in 4 visits, window 0, even\n    plain tex\n\n")
+    assert "↵\n    \\ttab\\x00" in highest + lowest
+
+
+def test_names_and_texts_in_any_script_can_be_drawn(corpus):
+    corpus["domains"] = ["小说 हिन्दी ภาษาไทย 🦊", "$math$ _{x}"]
+    report.main([make_baseline()])
+    assert os.path.isfile("out/report/values.png") and os.path.isfile("out/report/report.png")
+    assert figures.printable("a小🦊é\r\n") == "a\\u5c0f\\U0001f98aé↵"
+
+
+def test_values_come_from_the_first_run_that_has_them(no_figures, capsys, corpus):
     make_run("out/unfinished", [5, 4], scored=True, learning_rate=1.0)
     make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
-    notes = result(capsys, "out/control", "out/unfinished", make_baseline())["notes"]
-    assert "Values in the figures: out/baseline." in notes
+    _, notes = printed(capsys, "out/control", "out/unfinished", make_baseline())
+    assert "Values in the figures: out/baseline, " in notes
 
 
 def test_without_scores_there_are_no_value_figures(capsys):
     make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
-    found = result(capsys, "out/control")
-    assert list(found["files"]) == ["loss.png"] and "no value figures" in found["notes"][-1]
+    _, notes = printed(capsys, "out/control")
+    assert os.listdir("out/report") == ["loss.png"] and "no value figures" in notes
 
 
 def test_without_the_corpus_there_is_no_text(capsys):
-    found = result(capsys, make_baseline())
-    assert list(found["files"]) == ["loss.png", "values.png", "report.png"]
-    assert "data/tiny: the corpus is not here" in found["notes"][-1]
+    _, notes = printed(capsys, make_baseline())
+    assert sorted(os.listdir("out/report")) == ["loss.png", "report.png", "values.png"]
+    assert "The corpus tiny is not here" in notes
 
 
 def test_another_corpus_in_its_place_is_refused(corpus):
@@ -305,41 +336,46 @@ def test_another_corpus_in_its_place_is_refused(corpus):
         report.main([make_baseline()])
 
 
-def test_values_without_a_spread_can_be_drawn(capsys, corpus):
+def test_values_without_a_spread_can_be_drawn(corpus):
     make_run("out/flat", [5, 5], scored=True, max_iters=1)
     make_log("out/flat", np.zeros((1, 4)), np.arange(4)[None])
-    assert len(result(capsys, "out/flat")["files"]) == 4
+    report.main(["out/flat"])
+    assert len(os.listdir("out/report")) == 4
 
 
-def test_an_unfinished_run_is_marked(capsys):
+def test_more_domains_than_fit_are_cut_to_the_largest():
+    _, ax = figures.plt.subplots()
+    domain = np.repeat(np.arange(20), np.arange(1, 21))
+    figures.draw_domains(ax, np.linspace(-1, 1, len(domain)), domain, [f"domain {d}" for d in range(20)])
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    figures.plt.close()
+    assert len(labels) == 14 and {"domain 19\n0% of 20", "domain 6\n100% of 7"} < set(labels)
+
+
+def test_an_unfinished_run_is_marked(no_figures, capsys):
     make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
     make_run("out/filtered", [5, 3.5, 3], **FILTERED)
     with open("out/filtered/metrics.jsonl", "a") as file:
         file.write('{"iter": 30, "test_l')  # being written as we read
-    report.main(["out/control", "out/filtered"])
-    out = capsys.readouterr().out
-    assert "3.0000 *" in out and "2.0000 *" not in out
-    assert "* out/filtered has not ended (20 of 40 iterations)" in out
+    cells, notes = printed(capsys, "out/control", "out/filtered")
+    assert cells["filtered"]["final test loss"] == "3.0000"
+    assert "out/filtered has not ended: 20 of 40 iterations." in notes and "out/control has not ended" not in notes
 
 
-def test_a_filter_that_touches_little_is_pointed_at(capsys):
-    make_run("out/filtered", [5, 4, 3, 2.5, 2], **FILTERED, coverage=dict(COVERAGE, touchable=0.08))
-    assert "filter can touch only 8% of the draws" in "".join(result(capsys, "out/filtered")["notes"])
-
-
-def test_a_run_that_diverged(capsys):
+def test_a_run_that_diverged_has_no_number_and_is_no_reference(capsys):
     make_run("out/control", [5, 4, float("nan"), float("nan"), float("nan")], **CONTROL)
     make_run("out/filtered", [5, 4, 3, 2, 1], **FILTERED)
     with pytest.raises(UserError, match="control: its test loss ends at nan; give a --target_loss"):
         report.main(["out/control", "out/filtered"])
-    rows = rows_of(capsys, "out/control", "out/filtered", "--reference=out/filtered")
-    assert rows["control"]["final_loss"]["mean"] is None and rows["control"]["iterations"]["mean"] is None
+    cells, _ = printed(capsys, "out/control", "out/filtered", "--target_loss=2")
+    assert cells["control"]["final test loss"] == "nan"
+    assert cells["control"]["iterations to the target test loss"] == "not reached"
 
 
 def test_different_corpora_are_refused():
     make_run("out/a", [5, 4])
     make_run("out/b", [5, 4], fingerprint="xyz", dataset="pile")
-    with pytest.raises(UserError, match=r"out/a \('tiny'\) and out/b \('pile'\) were trained on different corpora"):
+    with pytest.raises(UserError, match="out/a and out/b were trained on different corpora"):
         report.main(["out/a", "out/b"])
 
 

@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
-import runpy
 import sys
+import textwrap
+from concurrent.futures import Future
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,7 +19,36 @@ sys.path.insert(0, f"{ROOT}/study")
 import fidelity  # noqa: E402
 import tables  # noqa: E402
 
+import prepare_owt  # noqa: E402
 import study  # noqa: E402
+import train  # noqa: E402
+
+MAINS = {"prepare_owt.py": prepare_owt.main, "train.py": train.main}
+
+
+class AtOnce(nullcontext):
+    """In the place of the pool of threads: what is submitted runs at once, in this thread."""
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+    def __enter__(self):
+        return self
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The study's scripts run without processes of their own, which take seconds to start."""
+
+    def script(name, *flags):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [name, *flags])
+            MAINS[name]()
+
+    monkeypatch.setattr(study, "script", script)
+    monkeypatch.setattr(study, "ThreadPoolExecutor", AtOnce)
 
 
 @settings(max_examples=20, deadline=None)
@@ -59,11 +90,9 @@ def test_an_interval_is_students():
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def small(tmp_path, monkeypatch, in_this_process):
     """The study of 6 iterations on a text of a few pages, three domains."""
     monkeypatch.chdir(tmp_path)
-    import textwrap
-
     with open(textwrap.__file__, encoding="utf-8") as file:
         paragraphs = file.read().split("\n\n")
     with open("tiny.jsonl", "w", encoding="utf-8") as file:
@@ -72,40 +101,38 @@ def small(tmp_path, monkeypatch):
     sizes = dict(n_layer=1, n_embd=16, batch_size=8, max_iters=6, warmup_iters=2, eval_interval=2, eval_iters=1)
     monkeypatch.setattr(study, "CENTRE", study.CENTRE | sizes | dict(log_interval=2))
     monkeypatch.setattr(study, "RETRAIN", dict(max_iters=4, eval_interval=2))
-    return tmp_path
+
+
+def test_a_script_runs_in_a_process_of_its_own_and_what_it_says_is_told_where_it_fails():
+    with pytest.raises(study.UserError, match="train.py --no_knob=1.*there is no knob 'no_knob'"):
+        study.script("train.py", "--no_knob=1")
 
 
 def run_study(monkeypatch, *flags):
-    arguments = [
-        "study.py",
-        "--source=tiny.jsonl",
-        "--foreign=three",
-        "--single=two",
-        "--results=results.jsonl",
-        *flags,
-    ]
-    monkeypatch.setattr(sys, "argv", arguments)
+    texts = ["--source=tiny.jsonl", "--foreign=three", "--single=two"]
+    monkeypatch.setattr(sys, "argv", ["study.py", *texts, "--results=results.jsonl", "--seeds=1", *flags])
     study.main()
     with open("results.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def test_the_study_runs_goes_on_and_does_nothing_twice(small, monkeypatch, capsys):
+def test_the_study_goes_on_and_runs_nothing_twice(small, monkeypatch, capsys):
     scored = {key: study.SCORED_DAMAGED[key] for key in ("m16", "m1 fixed")}
-    names = ("control", "random", "oracle", "failed")
+    trained = {key: study.TRAINED_DAMAGED[key] for key in ("control", "random", "oracle", "failed")}
     monkeypatch.setattr(study, "SCORED_DAMAGED", scored)
     monkeypatch.setattr(study, "TRAINED_DAMAGED", {})
-    assert len(run_study(monkeypatch, "--plans=damaged", "--seeds=1")) == 2
-    monkeypatch.setattr(study, "TRAINED_DAMAGED", {key: study_plan[key] for key in names})
-    lines = {line["name"]: line for line in run_study(monkeypatch, "--plans=damaged", "--seeds=1")}
-    assert set(lines) == {*scored, *(f"then {name}" for name in names)}
-    assert len(run_study(monkeypatch, "--plans=damaged", "--seeds=1")) == len(lines)
+    assert len(run_study(monkeypatch, "--plans=damaged")) == 2
+    monkeypatch.setattr(study, "TRAINED_DAMAGED", trained)
+    lines = {line["name"]: line for line in run_study(monkeypatch, "--plans=damaged")}
+    assert set(lines) == {*scored, *(f"then {name}" for name in trained)}
+    monkeypatch.setattr(study, "script", None)
+    assert len(run_study(monkeypatch, "--plans=damaged")) == len(lines)
 
     column = lines["m16"]["columns"]["all:adam"]
     assert 0 <= column["negative"] <= 1 and set(column["auc"]) == set(study.DAMAGE)
     assert lines["then control"]["dropped"] == 0 and lines["then oracle"]["dropped"] == pytest.approx(0.15, abs=0.1)
     assert lines["then failed"]["coverage"]["touchable"] < 0.5
-    for name in names:
+    for name in trained:
         assert len(lines[f"then {name}"]["test_loss_two"]) == 3
 
     # what was replaced, and nothing else
@@ -126,13 +153,10 @@ def test_the_study_runs_goes_on_and_does_nothing_twice(small, monkeypatch, capsy
     assert "m1 fixed" in capsys.readouterr().out
 
 
-study_plan = dict(study.TRAINED_DAMAGED)
-
-
 def test_what_a_filter_goes_by(small, monkeypatch):
     monkeypatch.setattr(study, "SCORED_CLEAN", {"m16": study.SCORED_CLEAN["m16"]})
     monkeypatch.setattr(study, "TRAINED_CLEAN", {})
-    run_study(monkeypatch, "--plans=clean", "--seeds=1")
+    run_study(monkeypatch, "--plans=clean")
     folder, corpus = "out/study/study_tiny_clean_s1/m16", "data/study_tiny_clean"
     ids, value, _ = study.load_values(folder)
     found = {rule: rule(folder)[1] for rule in (study.beyond_error, study.within_domain, study.by_document)}
@@ -151,14 +175,38 @@ def test_what_a_filter_goes_by(small, monkeypatch):
         np.testing.assert_allclose(found[study.by_document][place == d], value[place == d].mean())
 
 
-def test_fidelity_agrees_with_itself_on_a_small_step(tmp_path, monkeypatch):
+def test_every_knob_of_the_plans_is_one_of_train_py():
+    plans = [*study.SCORED_DAMAGED.values(), *study.SCORED_CLEAN.values(), *study.SCORED_CONFIRM.values()]
+    plans += [study.CENTRE, study.RETRAIN]
+    plans += [knobs for plan in (study.TRAINED_DAMAGED, study.TRAINED_CLEAN) for *_, knobs in plan.values()]
+    known = set(train.Knobs.__dataclass_fields__) | {"random"}  # the study's own word for drop_random
+    assert not [key for plan in plans for key in plan if key not in known]
+
+
+def test_the_readme_shows_the_tables_that_tables_py_makes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables.py", f"--out={tmp_path}"])
+    tables.main()
+    printed = capsys.readouterr().out
+    assert {"study_minipile_damaged.png", "study_minipile_clean_domains.png"} <= set(os.listdir(tmp_path))
+    with open(f"{ROOT}/study/README.md", encoding="utf-8") as file:
+        rows = [line.split("|") for line in file if line.startswith("| ") and not line.startswith("| ---")]
+    made = [line.split("|") for line in printed.splitlines()]
+
+    def left_out_columns(row, whole):
+        """Is the row a printed one, perhaps without some of its columns?"""
+        cells = iter(whole)
+        return all(cell in cells for cell in row[:-1])
+
+    assert len(rows) > 100 and not [row for row in rows if not any(left_out_columns(row, whole) for whole in made)]
+
+
+def test_fidelity_agrees_with_itself_on_a_small_step(tmp_path, monkeypatch, in_this_process):
     """At a small learning rate the exact values of a step with everything frozen are the second-order ones."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prepare_owt.py", "--source=tiny.jsonl", "--tokenizer=bytes"])
     with open("tiny.jsonl", "w", encoding="utf-8") as file:
         for i in range(300):
             file.write(json.dumps(dict(text=f"line {i} of {i * i} and more words {i % 7} to learn " * 3)) + "\n")
-    runpy.run_path(f"{ROOT}/prepare_owt.py", run_name="__main__")
+    study.script("prepare_owt.py", "--source=tiny.jsonl", "--tokenizer=bytes")
     for name, value in dict(B=4, M=4, BATCHES=1, STAGES=dict(early=5)).items():
         monkeypatch.setattr(fidelity, name, value)
     monkeypatch.setattr(sys, "argv", ["fidelity.py", "--dataset=tiny", "--results=f.jsonl"])

@@ -1,0 +1,167 @@
+"""The drawing of report.py. `rows` are those that its compare returns, `scored` is what its read_scored returns."""
+
+import functools
+import math
+import os
+import re
+import textwrap
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import font_manager
+
+from support.files import atomic_write
+
+RC = {"font.size": 8.5, "legend.fontsize": 8, "legend.frameon": False, "lines.linewidth": 1.5, "hatch.linewidth": 0.6}
+RC |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "savefig.dpi": 200}
+RC |= {"axes.formatter.useoffset": False, "figure.constrained_layout.use": True}
+RC |= {"figure.constrained_layout.h_pad": 0.08, "text.parse_math": False}  # a $ in a window's text is a dollar
+# A reader can tell the runs apart in grey too: by dashes and markers.
+COMPARED = [("#0064b0", "-", "o"), ("#d9730d", "-.", "s"), ("#2f9e6e", (0, (1, 1)), "^"), ("#b06ab3", (0, (6, 2)), "D")]
+DOTTED = dict(color="0.35", linewidth=0.8, linestyle=(0, (1, 2)))
+NEGATIVE = dict(facecolor="#b2432f", edgecolor="white", hatch="/////", linewidth=0)
+POSITIVE = dict(facecolor="#a9c7e4", linewidth=0)
+
+
+def number(each, form, absent="–"):
+    """The mean of a number per run with its standard deviation over several, '12.3 ± 0.4%'; `absent` if one is None."""
+    if None in each:
+        return absent
+    sd = f" ± {np.std(each, ddof=1):{form.lstrip('+')}}" if len(each) > 1 else ""
+    return f"{np.mean(each):{form}}{sd}".replace("% ±", " ±").replace("-", "−")
+
+
+def printable(text):
+    """The text on one line: a line end is ↵; what does not print or is not in the font is an escape."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))
+    text = text.replace("\r\n", "↵").replace("\n", "↵")
+    drawn = (c.isprintable() and font.get_char_index(ord(c)) for c in text)
+    return "".join(c if ok else c.encode("unicode_escape").decode() for c, ok in zip(text, drawn, strict=True))
+
+
+def draw_loss(ax, rows, loss, goal):
+    """
+    Test loss against iterations, with a band of one standard deviation over seeds. Arrows go from the reference's
+    iterations to the target to those of a run. `loss` and `goal` are the names of the loss and the target.
+    """
+    reference, others = next(row for row in rows if row["reference"]), [row for row in rows if not row["reference"]]
+    marked = [row for row in others if row["runs"][0].drops] or others
+    target = low = high = np.mean(reference["target"])
+    for row in rows:
+        iters = functools.reduce(np.intersect1d, [run.iters for run in row["runs"]])
+        losses = np.stack([run.losses[np.searchsorted(run.iters, iters)] for run in row["runs"]])
+        mean, sd = losses.mean(0), losses.std(0, ddof=min(1, len(losses) - 1))
+        color, dashes, marker = ("black", "--", None) if row is reference else ("0.62", "-", None)
+        label = row["name"] + " (reference)" * (row is reference) + f", {len(losses)} seeds ± sd" * (len(losses) > 1)
+        if row in marked:
+            color, dashes, marker = COMPARED[marked.index(row) % len(COMPARED)]
+            saved = [-share for share in row["saved"] if share is not None]
+            label += f": {number(saved, '+.1%')} iterations" if len(saved) == len(losses) else ": saving –"
+        look = dict(color=color, linestyle=dashes, marker=marker, ms=3.5, markevery=max(1, len(iters) // 12))
+        ax.plot(iters, mean, label=label, **look)
+        ax.fill_between(iters, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
+        # the steep fall of the first iterations would leave no room for the rest: it is cut off
+        low, high = np.fmin(low, np.nanmin(mean)), np.fmax(high, np.interp(0.15 * iters[-1], iters, mean))
+    ax.axhline(target, label=f"{goal}: {target:.3f}", **DOTTED)
+    step = max(high - low, 1e-6) / 14
+    for row in marked:
+        if None not in row["saved"] + reference["iterations"]:
+            low -= step
+            ends = [np.mean(one["iterations"]) for one in (reference, row)]
+            ax.vlines(ends, low, target, **DOTTED)
+            arrow = dict(arrowstyle="-|>", shrinkA=0, shrinkB=0, mutation_scale=8)
+            ax.annotate("", (ends[1], low), (ends[0], low), arrowprops=arrow)
+    ax.set(xlabel="iteration", ylabel=f"{loss} (nats per token)", xlim=(0, None), ylim=(low - step, high + step))
+    ax.legend(loc="upper right")
+
+
+def draw_histogram(ax, value):
+    """Values of windows, (n,) in nats, from the 0.5th to the 99.5th percentile. A bar is on one side of zero."""
+    low, high = np.percentile(value, [0.5, 99.5])
+    shown = 1e6 * value[(value >= low) & (value <= high)]
+    width = max(np.ptp(np.append(shown, 0)), 1e-12) / 60
+    edges = np.arange(math.floor(min(shown.min(), 0) / width), math.floor(max(shown.max(), 0) / width) + 2) * width
+    share, beyond = (value < 0).mean(), 1 - len(shown) / len(value)
+    ax.hist(shown[shown < 0], edges, label=f"below zero: {share:.1%}", **NEGATIVE)
+    ax.hist(shown[shown >= 0], edges, label=f"zero or above: {1 - share:.1%}", **POSITIVE)
+    ax.axvline(0, color="black", linewidth=1)
+    ax.margins(y=0.25)
+    ax.legend(loc="upper right")
+    ax.set(xlabel=f"value of a window (10⁻⁶ nats; {beyond:.1%} lie beyond the axis)", ylabel="windows")
+
+
+def draw_domains(ax, value, domain, names):
+    """Boxes of the values (n,) in the 14 largest domains, fewest negative ones on top; domain (n,) indexes names."""
+    present, sizes = np.unique(domain, return_counts=True)
+    largest = present[np.argsort(-sizes)[:14]]
+    parts = sorted([(value[domain == d], printable(names[d])) for d in largest], key=lambda part: -(part[0] < 0).mean())
+    quantiles = [np.percentile(1e6 * part, [5, 25, 50, 75, 95]) for part, _ in parts]
+    boxes = [dict(zip(("whislo", "q1", "med", "q3", "whishi"), row, strict=True)) for row in quantiles]
+    black = dict(color="black", linewidth=1.5)
+    ax.bxp(boxes, orientation="horizontal", showfliers=False, patch_artist=True, boxprops=POSITIVE, medianprops=black)
+    ax.axvline(0, color="black", linewidth=1)
+    labels = [f"{name if len(name) < 22 else name[:20] + '…'}\n{(v < 0).mean():.0%} of {len(v):,}" for v, name in parts]
+    ax.set_yticks(range(1, len(parts) + 1), labels)
+    ax.set(xlabel="value of a window (10⁻⁶ nats): quartiles, 5th to 95th percentile", ylabel="domain, negative windows")
+
+
+def draw_over_run(share_ax, value_ax, log):
+    """The share of negative draws, and quantiles of the draws' values, in up to 40 stretches of the run."""
+    bins = np.array_split(np.arange(len(log["iter"])), min(40, len(log["iter"])))
+    middle = np.array([log["iter"][bin].mean() for bin in bins])
+    share_ax.plot(middle, [100 * (log["value"][bin] < 0).mean() for bin in bins], color=NEGATIVE["facecolor"])
+    share_ax.set(ylabel="negative\ndraws (%)", ylim=(0, None), xlim=(0, log["iter"][-1] + 1))
+    q = np.stack([np.percentile(1e6 * log["value"][bin], [5, 25, 50, 75, 95]) for bin in bins], 1)
+    value_ax.fill_between(middle, q[0], q[4], color="#d6e4f1", linewidth=0, label="5th to 95th percentile")
+    value_ax.fill_between(middle, q[1], q[3], color="#7fa8d1", linewidth=0, label="quartiles")
+    value_ax.plot(middle, q[2], color="black", label="median")
+    value_ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
+    value_ax.set(xlabel="iteration", ylabel="value of a draw\n(10⁻⁶ nats)", xlim=(0, log["iter"][-1] + 1))
+    value_ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98), borderpad=0)
+
+
+def draw_windows(ax, highest, lowest, columns=90, lines=2):
+    """The windows of highest value on the left, of lowest on the right: heading and first lines; blanks become one."""
+    ax.axis("off")
+    ax.set(ylim=(1 + len(highest) * (lines + 1.6), 0), xlim=(0, 1))
+    for x, title, side in ((0, "Highest values", highest), (0.51, "Lowest values", lowest)):
+        ax.text(x, 0, title, fontweight="bold", va="center")
+        for place, (heading, text) in enumerate(side):
+            y = 1.6 + place * (lines + 1.6)
+            ax.text(x, y, printable(heading), fontsize=7.5, va="center", color="0.25")
+            rows = textwrap.wrap(re.sub(" +", " ", text).strip(), columns, max_lines=lines, placeholder="…")
+            ax.text(x, y + 0.5, "\n".join(rows), fontsize=6.2, family="DejaVu Sans Mono", va="top", linespacing=1.6)
+
+
+@plt.rc_context(RC)
+def write_figures(out, rows, loss, goal, scored):
+    """Write loss.png and, of a `scored` run, values.png, report.png and windows.txt to the folder `out`."""
+    with_corpus = "domain" in scored
+    figures = {"loss.png": plt.figure(figsize=(5.6, 3.9))}
+    draw_loss(figures["loss.png"].add_subplot(), rows, loss, goal)
+    if scored:
+        figures["values.png"] = plt.figure(figsize=(9.6 if with_corpus else 5.6, 6))
+        mosaic = [[name] + ["domains"] * with_corpus for name in ("histogram", "share", "quantiles")]
+        axes = figures["values.png"].subplot_mosaic(mosaic, height_ratios=[1.9, 0.7, 1.1])
+        draw_histogram(axes["histogram"], scored["value"])
+        draw_over_run(axes["share"], axes["quantiles"], scored["log"])
+        if with_corpus:
+            draw_domains(axes["domains"], scored["value"], scored["domain"], scored["domains"])
+        figures["report.png"] = plt.figure(figsize=(10.2, 6.9 if with_corpus else 3.9))
+        mosaic = [["loss", "histogram"]] + [["windows", "windows"]] * with_corpus
+        axes = figures["report.png"].subplot_mosaic(mosaic, height_ratios=[3.9, 3.0][: len(mosaic)])
+        draw_loss(axes["loss"], rows, loss, goal)
+        draw_histogram(axes["histogram"], scored["value"])
+        if with_corpus:
+            draw_windows(axes["windows"], scored["highest"], scored["lowest"])
+            with atomic_write(os.path.join(out, "windows.txt")) as file:
+                for side in ("highest", "lowest"):
+                    windows = "\n\n".join(f"{heading}\n    {text}" for heading, text in scored[side])
+                    file.write(f"{side.title()} values\n\n{windows}\n\n".replace("↵", "↵\n    ").encode())
+    for name, fig in figures.items():
+        with atomic_write(os.path.join(out, name)) as file:
+            fig.savefig(file, format="png")
+        plt.close(fig)
