@@ -16,8 +16,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
-from test_reliability import SCORED, same_run, start, wait_for_training
+from test_run_folder import SCORED, same_run, start, wait_for_training
+from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import bench
 import gpu

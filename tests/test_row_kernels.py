@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dots import _LiveStorages, brute_force, tokens, validation_oracle
+from test_data_value import _LiveStorages, brute_force, tokens, validation_oracle
 from torch.nn import functional as F
 
 import data_value
