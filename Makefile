@@ -48,7 +48,7 @@ gpu-data:
 	@$(with_torch) gpu.py --pack="$(SOURCE)"
 
 test: .venv/installed-test lint
-	$(VENV)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 -m "not slow"
 
 lint: .venv/installed-test
 	$(VENV)/ruff check .

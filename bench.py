@@ -42,7 +42,7 @@ from data_value import (
     weight_gradient_shapes,
 )
 from model import GPT, GPTConfig
-from support import kernels
+from support import kernels, operators
 from support.configurator import UserError, configure
 from support.processes import keep_freed_memory
 
@@ -231,11 +231,11 @@ def memory_mb(field):
 
 def choose_kernel(knobs, model):
     """Use the fastest weight gradients; the reason."""
-    data_value.weight_gradients = {}
+    operators.weight_gradients = {}
     dtype, device_type = getattr(torch, knobs.dtype), knobs.device.split(":")[0]
     shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type, dtype)
-    data_value.weight_gradients, reason = kernels.choose(
-        knobs.device, shapes, dtype, data_value.add_samples, knobs.n_directions
+    operators.weight_gradients, reason = kernels.choose(
+        knobs.device, shapes, dtype, operators.add_samples, knobs.n_directions
     )
     return reason
 

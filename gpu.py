@@ -139,7 +139,7 @@ def candidates(knobs, report):
     import bench
     import data_value
     from model import GPT, GPTConfig
-    from support import kernels, row_kernels
+    from support import kernels, operators, row_kernels
 
     size, device, dtype = FULL if knobs.cuda else TINY, knobs.device, torch.bfloat16
     B, T, C, V = (size[key] for key in ("batch_size", "block_size", "n_embd", "vocab_size"))
@@ -173,7 +173,7 @@ def candidates(knobs, report):
         model = GPT(GPTConfig(**{key: size[key] for key in size if key != "batch_size"}))
     shapes = Counter(data_value.weight_gradient_shapes(model, B, T, device, dtype))
     for shape, count in shapes.items():
-        for row in kernels.candidates_report(device, [shape], dtype, 1, data_value.add_samples):
+        for row in kernels.candidates_report(device, [shape], dtype, 1, operators.add_samples):
             report(calls=count, **row, of_peak=row["tflops"] / peak if row["tflops"] and peak else None)
 
 

@@ -25,10 +25,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data_value
 from data_value import Directions, retreat_to_midpoint, validation_gradient, weight_gradient_shapes
 from model import GPT, GPTConfig
-from support import kernels
+from support import kernels, operators
 from support.configurator import UserError, check_training, configure
 from support.corpus import get_tokenizer
 from support.processes import how_to_resume, keep_freed_memory, processes, watch_sigterm
@@ -162,14 +161,14 @@ def compile_model(model, knobs, ranks, n_test_sets):
 
 def choose_kernels(model, knobs, ranks, n_directions):
     """On a GPU, take the fastest correct version of every weight gradient, the same on all ranks; print which."""
-    data_value.weight_gradients = {}
+    operators.weight_gradients = {}
     dtype = getattr(torch, knobs.dtype)
     shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0], dtype)
     choice = None
     if ranks.rank == 0:
-        choice, reason = kernels.choose(knobs.device, shapes, dtype, data_value.add_samples, n_directions)
+        choice, reason = kernels.choose(knobs.device, shapes, dtype, operators.add_samples, n_directions)
         print(reason)
-    data_value.weight_gradients = ranks.broadcast(choice, knobs.device)
+    operators.weight_gradients = ranks.broadcast(choice, knobs.device)
 
 
 def timed(run, device, wanted):

@@ -14,7 +14,7 @@ is taken. A split may begin within a sample; its dot is then the sum of two part
 'bmm': torch.bmm writes the samples' gradients in the dtype of x, in chunks that stay in the L2 cache, and one kernel
 adds them up and dots them. For bfloat16 it rounds every sample's gradient, as autocast rounds the sum's.
 
-'plain': data_value.add_samples by PyTorch alone.
+'plain': operators.add_samples by PyTorch alone.
 
 Nothing is added atomically: two runs agree bit by bit.
 
@@ -667,7 +667,7 @@ def wall_ms(run, repeats=9):
 def choose(device, shapes, dtype, plain, K=1, seconds=20.0):
     """
     ({(in, out): candidate}, reason): for each of `shapes`, [(B, T, in, out), ...], the fastest candidate on `device`
-    that is correct, in `dtype` and with K directions; `plain` is data_value.add_samples. Empty where nothing but
+    that is correct, in `dtype` and with K directions; `plain` is operators.add_samples. Empty where nothing but
     `plain` can be used. The reason is lines to print, with the figures. After so many seconds no further candidate is
     tried. The choice is kept for this GPU and these versions in a file of torch's cache folder; where it is found, no
     time is taken.

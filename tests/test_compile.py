@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from test_cli import TINY, call, corpus, home  # noqa: F401 (fixtures)
+from test_train import TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import train
 from data_value import attach_directions, precondition, set_direction, validation_gradient

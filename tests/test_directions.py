@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import TINY, call, corpus, home, metrics  # noqa: F401 (fixtures)
-from test_dots import brute_force, relative_error, tokens, trained_model
+from test_data_value import brute_force, relative_error, tokens, trained_model
+from test_train import TINY, call, corpus, home, metrics  # noqa: F401 (fixtures)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data_value

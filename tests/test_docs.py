@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cli import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
-from test_torchrun import torchrun
+from test_processes import torchrun
+from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import bench
 import prepare_owt
@@ -22,7 +22,7 @@ PAGES = ["README.md", *DOCS]
 
 # commands that cannot run here, with the reason
 NOT_RUN = {
-    "make demo": "takes minutes; the commands that it consists of run here and in test_cli.py",
+    "make demo": "takes minutes; the commands that it consists of run here and in test_train.py",
     "make test": "runs this test",
     "python prepare_owt.py": "downloads OpenWebText",
     "python prepare_owt.py --source=<hub id> --domain_field=meta.pile_set_name": "downloads a corpus from the hub",

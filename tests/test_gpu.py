@@ -16,14 +16,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
-from test_reliability import SCORED, same_run, start, wait_for_training
+from test_run_folder import SCORED, same_run, start, wait_for_training
+from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import bench
-import data_value
 import gpu
 import train
-from support import carry, stages, unexecuted
+from support import carry, operators, stages, unexecuted
 
 sys.path.insert(0, f"{ROOT}/study")
 
@@ -56,7 +55,7 @@ def scored_step(device, dtype):
     ],
 )
 def test_a_scored_step_is_that_of_the_cpu_in_float32(monkeypatch, device, dtype, tolerance):
-    monkeypatch.setattr(data_value, "weight_gradients", {})  # and as it was, afterwards
+    monkeypatch.setattr(operators, "weight_gradients", {})  # and as it was, afterwards
     expected = scored_step("cpu", "float32")
     for ours, theirs in zip(scored_step(device, dtype), expected, strict=True):
         assert (ours - theirs).norm() < tolerance * theirs.norm()

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import data_value
-from data_value import add_samples
-from support import kernels
+from support import kernels, operators
 from support.kernels import BMM, PLAIN, Candidate
+from support.operators import add_samples
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 needs_gpu = pytest.mark.gpu
@@ -574,18 +574,18 @@ def test_where_a_kernel_is_used_the_operators_give_the_same(monkeypatch):
     x, dy, direction, weight = (torch.randn(*shape) for shape in ((3, 600, 4), (3, 600, 6), (2, 6, 4), (6, 4)))
     linear = x, dy, direction
     head = x, weight, torch.randint(6, (3, 600)), direction, True
-    monkeypatch.setitem(data_value.SLICE, "cpu", 1)  # slices of 512 tokens
-    expected = data_value.linear_grad(*linear), data_value.head_loss(*head)
+    monkeypatch.setitem(operators.SLICE, "cpu", 1)  # slices of 512 tokens
+    expected = operators.linear_grad(*linear), operators.head_loss(*head)
     calls = []
     monkeypatch.setattr(
         kernels, "weight_gradient", lambda *arguments: calls.append(arguments[4:]) or correct(*arguments)
     )
-    monkeypatch.setattr(data_value, "weight_gradients", {(4, 6): FIRST})
-    found = data_value.linear_grad(*linear), data_value.head_loss(*head)
+    monkeypatch.setattr(operators, "weight_gradients", {(4, 6): FIRST})
+    found = operators.linear_grad(*linear), operators.head_loss(*head)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert calls == [(False, FIRST), (False, FIRST), *[(True, FIRST)] * 5]  # the head's slices: the first fills dW
-    monkeypatch.setattr(data_value, "weight_gradients", {(4, 6): PLAIN, (6, 4): FIRST})
-    torch.testing.assert_close(data_value.linear_grad(*linear), expected[0], rtol=0, atol=0)
+    monkeypatch.setattr(operators, "weight_gradients", {(4, 6): PLAIN, (6, 4): FIRST})
+    torch.testing.assert_close(operators.linear_grad(*linear), expected[0], rtol=0, atol=0)
 
 
 def test_without_a_gpu_or_triton_the_choice_says_so(monkeypatch):
@@ -669,7 +669,7 @@ def test_a_scored_step_does_not_wait_for_the_gpu(monkeypatch, kind):
         pytest.skip(f"this GPU has no candidate of the kind '{kind}'")
     run = bench.Bench(bench.Knobs(device="cuda", n_layer=2, block_size=64, batch_size=4, dtype="bfloat16"), stock=False)
     shapes = data_value.weight_gradient_shapes(run.model, 4, 64, "cuda")
-    monkeypatch.setattr(data_value, "weight_gradients", {shape[2:]: listed[0] for shape in shapes})
+    monkeypatch.setattr(operators, "weight_gradients", {shape[2:]: listed[0] for shape in shapes})
     run.scored()  # compiles
     run.order2()
     torch.cuda.set_sync_debug_mode("error")

@@ -15,13 +15,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dots import _LiveStorages, brute_force, tokens, validation_oracle
+from test_data_value import _LiveStorages, brute_force, tokens, validation_oracle
 from torch.nn import functional as F
 
 import data_value
 from data_value import attach_directions
 from model import GPT, GPTConfig
-from support import row_kernels
+from support import operators, row_kernels
 
 needs_gpu = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(row_kernels.triton is None, reason="triton is not installed")
@@ -249,12 +249,12 @@ def head_problem(dtype, K=2, B=5, T=7, V=50, C=12, device="cpu"):
 
 def head_on_a_gpu(problem, backward, head_slice):
     """The branch that a GPU takes, in the interpreter. The room for its gradients is not zero beforehand."""
-    room = data_value._head_gradients
+    room = operators._head_gradients
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_kernels, "runs_on", lambda x: True)
-        patch.setattr(data_value, "head_slice", lambda *_: head_slice)
-        patch.setattr(data_value, "_head_gradients", lambda *arguments: [g.fill_(7) for g in room(*arguments)])
-        return data_value.head_loss.function(*problem, backward)
+        patch.setattr(operators, "head_slice", lambda *_: head_slice)
+        patch.setattr(operators, "_head_gradients", lambda *arguments: [g.fill_(7) for g in room(*arguments)])
+        return operators.head_loss.function(*problem, backward)
 
 
 @pytest.mark.parametrize("head_slice", [(5, 7), (2, 7), (1, 3)], ids=["whole", "samples", "tokens"])
@@ -275,7 +275,7 @@ def test_the_head_on_a_gpu_equals_float64_of_its_logits(interpreter, dtype, tole
     assert torch.equal(found[0], evaluated) and not any(map(len, none))
     for ours, theirs in zip(found[1:], exact[1:], strict=True):
         assert ours.shape == theirs.shape and (not ours.numel() or relative_error(ours, theirs) < tolerance)
-    for ours, theirs in zip(found, data_value.head_loss(*problem, True), strict=True):  # and a CPU's branch
+    for ours, theirs in zip(found, operators.head_loss(*problem, True), strict=True):  # and a CPU's branch
         assert not ours.numel() or relative_error(ours, theirs.double()) < tolerance
 
 
@@ -284,10 +284,10 @@ def test_one_slice_of_logits_exists_at_a_time_on_a_gpu(monkeypatch):
     x, weight, targets, direction = head_problem(torch.float32, B=2, T=600, V=50, C=4)
     monkeypatch.setattr(row_kernels, "runs_on", lambda x: True)
     monkeypatch.setattr(row_kernels, "cross_entropy_rows", lambda logits, *_: logits.mul_(0)[:, 0])
-    monkeypatch.setattr(data_value, "head_slice", lambda *_: (1, 300))
+    monkeypatch.setattr(operators, "head_slice", lambda *_: (1, 300))
     for arguments in ((None, False), (None, True), (direction, True)):
         with _LiveStorages(300 * 50) as live:
-            data_value.head_loss.function(x, weight, targets, *arguments)
+            operators.head_loss.function(x, weight, targets, *arguments)
         assert live.most == 1
 
 
@@ -295,7 +295,7 @@ def test_slices_keep_the_bytes_of_the_logits_bounded():
     """GPT-2's batch on a GPU: two slices, of float32 four; on a CPU the same slices whatever the dtype."""
     gpt2 = 16, 1024, 50304
     slices = {
-        (device_type, dtype): data_value.head_slice(*gpt2, device_type, dtype)
+        (device_type, dtype): operators.head_slice(*gpt2, device_type, dtype)
         for device_type in ("cpu", "cuda")
         for dtype in DTYPES
     }
@@ -367,8 +367,8 @@ def test_gpt2s_logits_on_a_gpu(V, gap, dtype):
 def test_gpt2s_head_on_a_gpu(monkeypatch, dtype, tolerance, K, head_slice):
     """Against a CPU's float64 of the same factors, with what the rounding of the logits does to them."""
     problem = head_problem(dtype, K, B=4, T=256, V=50304, C=64, device="cuda")
-    monkeypatch.setattr(data_value, "head_slice", lambda *_: head_slice)
-    found = data_value.head_loss(*problem, True)
+    monkeypatch.setattr(operators, "head_slice", lambda *_: head_slice)
+    found = operators.head_loss(*problem, True)
     x, weight, targets, direction = (None if part is None else part.double() for part in problem)
     logits = (problem[0] @ problem[1].T).double().requires_grad_()
     oracle = F.cross_entropy(logits.flatten(0, 1), problem[2].flatten())
@@ -389,7 +389,7 @@ def test_products_join_float32_sums_on_a_gpu(dtype, beta, several):
     """Of bfloat16 too; with beta = 0 what was there, not a number, does not matter."""
     a, b = torch.randn(*several, 70, 300, device="cuda").to(dtype).mT, torch.randn(*several, 70, 50, device="cuda")
     b, sums = b.to(dtype), torch.full((*several, 300, 50), 0.5 if beta else float("nan"), device="cuda")
-    data_value.add_products(sums, a, b, beta)
+    operators.add_products(sums, a, b, beta)
     assert relative_error(sums, a.double() @ b.double() + 0.5 * beta) < 1e-5
 
 

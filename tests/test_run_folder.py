@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_cli import ROOT, TINY, call, corpus, home, metrics, refused  # noqa: F401 (fixtures)
+from test_train import ROOT, TINY, call, corpus, home, metrics, refused  # noqa: F401 (fixtures)
 
 import train
 from model import GPT

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_cli import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
-from test_reliability import resume, same_run
+from test_run_folder import resume, same_run
+from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import train
 from support.values import load_values, read_log

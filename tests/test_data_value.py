@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data_value
 from data_value import attach_directions, dot_products, set_direction, validation_gradient
 from model import GPT, GPTConfig
+from support import operators
 
 
 def relative_error(ours, oracle):
@@ -117,7 +118,7 @@ def test_weight_gradients_and_dots_of_every_sample(B, T, widths, K, dtype, begun
 
     dw = start.clone() if begun else torch.full_like(start, float("nan"))
     before = torch.einsum("oi,koi->k", start, direction) if begun else None
-    dots, running = data_value.add_samples(dw, x, dy, direction, before)
+    dots, running = operators.add_samples(dw, x, dy, direction, before)
     total = shares.sum(0) + (start if begun else 0)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4  # the difference of two sums in float32
     # a dot with a standard normal direction is of its factor's size, but a single one may cancel
@@ -163,7 +164,7 @@ def test_float64_sums_of_float32_factors_on_a_gpu():
         a, b, sums = (torch.randn(*several, *shape) for shape in ((3, 4), (4, 5), (3, 5)))
         sums = sums.double().as_subclass(OnGPU)
         expected = sums + a.double() @ b.double()
-        data_value.add_products(sums, a, b)
+        operators.add_products(sums, a, b)
         assert relative_error(sums, expected) < 1e-14
 
 
@@ -172,10 +173,10 @@ def test_float64_sums_of_float32_factors_on_a_gpu():
 def test_the_operators_are_what_their_schemas_say(B, C, dtype):
     """No output is an input or changes one, and the shapes that torch.compile is told are those that come."""
     x, dy, direction = torch.randn(B, 4, C, dtype=dtype), torch.randn(B, 4, 6, dtype=dtype), torch.randn(2, 6, C)
-    torch.library.opcheck(data_value.linear_grad.default, (x, dy, direction))
+    torch.library.opcheck(operators.linear_grad.default, (x, dy, direction))
     weight, targets = direction[0].to(dtype, copy=True), torch.randint(6, (B, 4))
     for backward, given_direction in ((False, None), (True, None), (True, direction)):
-        torch.library.opcheck(data_value.head_loss.default, (x, weight, targets, given_direction, backward))
+        torch.library.opcheck(operators.head_loss.default, (x, weight, targets, given_direction, backward))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
@@ -185,7 +186,7 @@ def test_the_head_is_the_cross_entropy_however_sure_it_is(scale, dtype, toleranc
     torch.manual_seed(0)
     x, weight, targets = (scale * torch.randn(3, 7, 5)).to(dtype), torch.randn(11, 5).to(dtype), tokens(11, 3, 7)
     targets[0, :4] = (x[0, :4] @ weight.T).argmax(1)  # some are right
-    loss, dx, dw, _ = data_value.head_loss(x, weight, targets, None, True)
+    loss, dx, dw, _ = operators.head_loss(x, weight, targets, None, True)
     exact_x, exact_weight = (tensor.double().requires_grad_() for tensor in (x, weight))
     oracle = F.cross_entropy((exact_x @ exact_weight.T).flatten(0, 1), targets.flatten())
     gradients = torch.autograd.grad(oracle, (exact_x, exact_weight))
@@ -200,7 +201,7 @@ def test_the_heads_loss_is_no_difference_of_large_numbers():
     weight = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 8.0]])
     logits = (x.double() @ weight.double().T).flatten(0, 1)
     targets = logits.argmax(1)
-    loss = data_value.head_loss(x, weight, targets[None], None, False)[0]
+    loss = operators.head_loss(x, weight, targets[None], None, False)[0]
     assert relative_error(loss, F.cross_entropy(logits, targets)) < 1e-6
 
 
@@ -224,10 +225,10 @@ class _LiveStorages(TorchDispatchMode):
 @pytest.mark.parametrize("K", [None, 0, 2], ids=["evaluated", "plain", "scored"])
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1), (torch.bfloat16, 2)])  # 2: while one is converted
 def test_only_one_tensor_of_a_slice_of_logits_exists_at_a_time(monkeypatch, K, dtype, most):
-    monkeypatch.setitem(data_value.SLICE, "cpu", 1)  # slices of 512 tokens
+    monkeypatch.setitem(operators.SLICE, "cpu", 1)  # slices of 512 tokens
     x, weight, targets = torch.randn(2, 1024, 4, dtype=dtype), torch.randn(50, 4, dtype=dtype), tokens(50, 2, 1024)
     direction = torch.randn(K, 50, 4) if K else None
-    operator = data_value.head_loss.default  # of which the mode would see one node
+    operator = operators.head_loss.default  # of which the mode would see one node
     with _LiveStorages(512 * 50) as live:
         cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         operator.redispatch(cpu, x, weight, targets, direction, K is not None)
