@@ -323,11 +323,10 @@ def measure(knobs):
     return result
 
 
-def print_budget(arguments):
-    """What a step must do on paper, by default GPT-2 124M's at the paper's batch (support/budget.py)."""
+def budget_of(knobs):
+    """support/budget.py's result for its knobs and this file's models, as a dict."""
     from support import budget  # the compiler's parts that it needs take seconds to import
 
-    knobs = configure(budget.Knobs, arguments)
     shape = {key: getattr(knobs, key) for key in ("block_size", "vocab_size", "n_head", "n_embd", "bias")}
 
     def loss_of(arm, n_layer, windows):
@@ -356,17 +355,17 @@ def print_budget(arguments):
             torch._foreach_copy_([weight], [theta])
             torch._foreach_copy_([weight], [stepped])
 
-    candidate = kernels.candidates(budget.GPUS[knobs.gpu]["capability"], getattr(torch, knobs.dtype))[0]
-    linears = [module for module in model.modules() if isinstance(module, data_value.Linear)]
-    data_value.weight_gradients = {(linear.in_features, linear.out_features): candidate for linear in linears}
-    result = budget.budget(knobs, loss_of, direction, midpoint, weight.numel())
-    print(json.dumps(result) if knobs.json else "\n".join(budget.table(result)))
+    return budget.budget(knobs, loss_of, direction, midpoint, weight.numel())
 
 
 def main():
     arguments = ["--json=True" if argument == "--json" else argument for argument in sys.argv[1:]]
     if "--budget" in arguments:
-        print_budget([argument for argument in arguments if argument != "--budget"])
+        from support import budget
+
+        knobs = configure(budget.Knobs, [argument for argument in arguments if argument != "--budget"])
+        result = budget_of(knobs)
+        print(json.dumps(result) if knobs.json else "\n".join(budget.table(result)))
         return
     knobs = configure(Knobs, arguments)
     keep_freed_memory()

@@ -1,7 +1,7 @@
 """
 What a training step must compute and move, on paper: operations, bytes and, for a given GPU, the time of every part.
-No GPU is needed and nothing is computed: support/counting.py counts what the compiler's kernels, data_value.py's
-operators and our kernels do for the shape itself. Layers are alike, so one and two are compiled and the rest follow.
+No GPU is needed and nothing is computed: support/counting.py counts what the compiler's kernels, our operators and
+kernels do for the shape itself. Layers are alike, so two and four are compiled and the rest follow.
 
 A part takes the longer of two times: its operations at the GPU's speed for products, with an efficiency, and its bytes
 at the memory's. The parts run one after the other. The plain step is the stock step but for the head, since the rest
@@ -108,16 +108,22 @@ def speeds(knobs):
     return dict(tflops=knobs.tflops or gpu[knobs.dtype], tb_s=knobs.tb_s or gpu["tb_s"], l2_tb_s=gpu["l2_tb_s"])
 
 
+def depths(n_layer):
+    """The numbers of layers that are compiled: the compiler fuses every second layer's residuals alike, after two."""
+    first = min(n_layer, 2 + n_layer % 2)
+    return [first] if n_layer <= first else [first, first + 2]
+
+
 def layered(graphs, knobs, fused):
-    """{part: counts} of knobs.n_layer layers, from the graphs of one and of two."""
+    """{part: counts} of knobs.n_layer layers, from the graphs of as many as `depths` says."""
     gpu = GPUS[knobs.gpu]
-    one, *two = (add_up(parts, *(count(*call, gpu, fused) for call in calls)) for parts, calls in graphs)
-    layers = {}
-    for part, counts in (two or [one])[0].items():
-        first = one.get(part, {})
-        more = {key: (knobs.n_layer - 1) * (number - first.get(key, 0)) for key, number in counts.items()}
-        layers[part] = {key: first.get(key, 0) + number for key, number in more.items()}
-    return layers
+    steps = [add_up(parts, *(count(*call, gpu, fused) for call in calls)) for parts, calls in graphs]
+    more = (knobs.n_layer - depths(knobs.n_layer)[0]) // 2  # pairs of layers
+    few, many = steps[0], steps[-1]
+    return {
+        part: {key: few[part][key] + more * (number - few[part][key]) for key, number in counts.items()}
+        for part, counts in many.items()
+    }
 
 
 def attention(knobs, windows):
@@ -136,7 +142,7 @@ def budget(knobs, loss_of, direction, midpoint, parameters):
     graphs = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for arm, windows in dict(stock=B, plain=B, scored=B, val=m).items():
-            runs = [loss_of("plain" if arm == "val" else arm, n_layer, windows) for n_layer in (1, 2)[: knobs.n_layer]]
+            runs = [loss_of("plain" if arm == "val" else arm, n_layer, windows) for n_layer in depths(knobs.n_layer)]
             graphs[arm] = [compiled(run, autocast, windows * T * knobs.vocab_size) for run in runs]
         made, _ = compiled(direction(), contextlib.nullcontext(), 0)
     with Count() as moved:
@@ -234,8 +240,8 @@ def table(result):
         f"{shape}; {knobs['gpu']}: {result['tflops']:.0f} TFLOP/s, {result['tb_s']:.2f} TB/s. Nothing here is measured."
     ]
     lines += [
-        f"Bytes by torch {torch.__version__}'s scheduler for a GPU. ? rests on a guess: products reach {PRODUCTS:.0%} of",
-        f"those TFLOP/s, attention {ATTENTION:.0%}, our weight gradient {KERNEL:.0%} of cuBLAS's speed, the L2 cache"
+        f"Bytes by torch {torch.__version__}'s scheduler for a GPU. ? rests on a guess: products reach",
+        f"{PRODUCTS:.0%} of those TFLOP/s, attention {ATTENTION:.0%}, our weight gradient {KERNEL:.0%} of cuBLAS's speed, the L2 cache"
         f" {result['l2_tb_s']} TB/s.",
     ]
     lines.append(f"{'':15}" + "".join(f"{arm:>22} " for arm in ARMS))
@@ -277,14 +283,21 @@ def table(result):
 def conclusions(result):
     """What follows, in words."""
     ratio, nanogpt = result["plain_over_stock_bytes"], result["plain_over_nanogpt_bytes"]
-    scored, n = result["scored_over_plain_time"] - 1, max(result["needed_kernel_speed"])
-    speeds = [result["needed_kernel_speed"][n][tile] for tile in ("tile read", "tile hidden")]
-    speeds = [f"{speed:.0%} of cuBLAS's speed" if speed else "no speed that cuBLAS has" for speed in speeds]
-    return [
-        f"The plain step moves {ratio:.3f} of what a stock step needs that returns the loss alone, and {nanogpt:.3f} of"
-        " one that returns its logits too, as nanoGPT's does: their gradient is zeros, written and read.",
-        f"Scoring adds {scored:.1%}. "
-        + ("That is within 3%." if scored <= 0.03 else "3% cannot be had at that speed:"),
-        f"for {n} micro-batches a step the kernel needs {speeds[0]}, or {speeds[1]} where the reading of the"
-        " direction hides behind the products.",
+    plain, scored = result["arms"]["plain"], result["arms"]["scored"]
+    added = {part: scored[part]["ms"] - plain.get(part, dict(ms=0))["ms"] for part in scored}
+    weights, tile, made = added["dW"] + added["head dW"], added["direction tile"], added["direction"]
+    other = sum(added.values()) - weights - tile - made
+    lines = [
+        f"The plain step moves {ratio:.3f} of the bytes of a stock step that returns the loss alone, and {nanogpt:.3f} of",
+        "those of one that returns its logits too, as nanoGPT's does: their gradient is zeros, written and read.",
+        f"Scoring adds {result['scored_over_plain_time'] - 1:.1%}, validation apart: slower weight gradients {weights:.2f} ms, the"
+        " direction's tile",
+        f"{tile:.2f}, making the direction {made:.2f}, all else {other:.2f}.",
     ]
+    for n, needed in result["needed_kernel_speed"].items():
+        ways = {way: f"{share:.0%} of cuBLAS's speed" if share else "more than it" for way, share in needed.items()}
+        lines.append(
+            f"With {n} micro-batches a step 3% needs a kernel at {ways['tile hidden']} that hides the reading of the"
+            f" tile, {ways['tile read']} if it does not."
+        )
+    return lines

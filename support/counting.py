@@ -1,13 +1,14 @@
 """
 The bytes that a piece of PyTorch moves and the operations of its matrix products, counted without computing anything.
 
-`Count` watches torch's operators one by one, on meta tensors. `count` runs one of data_value.py's operators so, as on
+`Count` watches torch's operators one by one, on meta tensors. `count` runs one of support/operators.py so, as on
 a GPU: a kernel of ours does not run there, and `<launcher>_traffic` beside it states its bytes. `compiled` asks
 torch.compile's scheduler what its fused kernels for a GPU would read and write.
 """
 
 import contextlib
 import math
+import operator
 from collections import defaultdict
 from unittest import mock
 
@@ -28,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from support import kernels, row_kernels
+from support import kernels, operators, row_kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What torch's operators move, one by one.
@@ -71,13 +72,17 @@ class Count(TorchDispatchMode):
             self.parts[part][key] += number
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # nothing is computed here anyway, and torch 2.11 cannot say what the product with out= and out_dtype= gives
+        result = kwargs["out"] if isinstance(kwargs.get("out"), torch.Tensor) else function(*args, **kwargs)
         schema, packet = function._schema, function.overloadpacket
         alias = [returned.alias_info for returned in schema.returns]
         view = any(info is not None and not info.is_write for info in alias)
         if view or packet in FREE or "empty" in schema.name or not schema.name.startswith("aten::"):
             return result
-        by_name = dict(zip((a.name for a in schema.arguments), args, strict=False)) | (kwargs or {})
+        if packet.__name__.endswith("_like") or packet.__name__.startswith("new_"):
+            args = ()  # only their shape and dtype are looked at
+        by_name = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
         moved, changed, inputs = 0, set(), []
         for argument in schema.arguments:
             write = argument.alias_info is not None and argument.alias_info.is_write
@@ -119,10 +124,12 @@ class AsOnGPU(TorchFunctionMode):
 
 def count(name, args, gpu, fused):
     """
-    {part: counts} of data_value.py's operator `name` on a `gpu` of GPUS, on meta tensors like `args`; without the
-    row kernels where not `fused`.
+    {part: counts} of the operator `name` of support/operators.py on meta tensors `args`, by the first candidate for
+    the weight gradient on a GPU of {"capability", "processors"}; without the row kernels where not `fused`.
     """
     head = name == "head_loss"
+    n_in, n_out = args[0].shape[2], args[1].shape[0 if head else 2]
+    candidates = {(n_in, n_out): kernels.candidates(gpu["capability"], args[0].dtype)[0]}
     weight = "head dW" if head else "dW"
     counter = Count("head products", weight, "head softmax" if head else weight)
 
@@ -144,12 +151,13 @@ def count(name, args, gpu, fused):
         return logits.new_empty(len(logits), dtype=torch.float32)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(operators, "weight_gradients", candidates))
         stack.enter_context(mock.patch.object(kernels, "weight_gradient", weight_gradient))
         stack.enter_context(mock.patch.object(row_kernels, "cross_entropy_rows", cross_entropy_rows))
         stack.enter_context(mock.patch.object(row_kernels, "runs_on", lambda x: fused))
         stack.enter_context(AsOnGPU())
         stack.enter_context(counter)
-        getattr(torch.ops.data_value, name).function(*args)
+        getattr(operators, name).function(*args)
     return counter.parts
 
 
@@ -216,8 +224,9 @@ def touched(node):
         if name in changed and all(isinstance(dep, StarDep) for dep in deps):
             counts[name] = 0  # only an order: what is written there has a name of its own
         elif all(indirect(dep) for dep in deps):
-            places = sum(math.prod(map(int, dep.size)) * (2 if dep.mode else 1) for dep in deps)
-            counts[name] = min(counts[name], places * V.graph.get_dtype(name).itemsize)
+            places = [min(math.prod(map(int, dep.size)), int(V.graph.get_numel(name))) for dep in deps]
+            passes = [2 if dep.mode else 1 for dep in deps]  # adding at a place reads it
+            counts[name] = sum(map(operator.mul, places, passes)) * V.graph.get_dtype(name).itemsize
     return sum(counts.values())
 
 
@@ -230,7 +239,7 @@ def indirect(dep):
 
 
 def part_of(node, logits, backward):
-    """(part, operations) of a kernel of the scheduler; (None, 0) of data_value.py's operators, which are counted."""
+    """(part, operations) of a kernel of the scheduler; (None, 0) of our operators, which are counted apart."""
     origins = [origin for one in node.get_nodes() if one.node is not None for origin in one.node.get_origins()]
     if isinstance(node, ExternKernelSchedulerNode):
         called = str(getattr(node.node, "op_overload", ""))
