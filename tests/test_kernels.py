@@ -463,7 +463,7 @@ def compared(monkeypatch, implementations, times, seconds=20.0, clock=None):
     monkeypatch.setattr(kernels, "weight_gradient", weight_gradient)
     if clock:
         monkeypatch.setattr(kernels.time, "monotonic", clock)
-    listed = [*implementations, PLAIN]
+    listed = [PLAIN, *implementations]
     return kernels.compare(torch.device("cpu"), SHAPES, torch.float32, plain, 2, listed, timer, seconds)
 
 
@@ -520,12 +520,12 @@ def test_the_choice_draws_no_random_numbers(monkeypatch):
 
 def test_the_report_has_cublas_to_compare_with(monkeypatch):
     monkeypatch.setattr(kernels, "weight_gradient", lambda *arguments, candidate: correct(*arguments, candidate))
-    monkeypatch.setattr(kernels, "candidates", lambda capability, dtype: [FIRST, PLAIN])
+    monkeypatch.setattr(kernels, "candidates", lambda capability, dtype: [PLAIN, FIRST])
     monkeypatch.setattr(kernels, "cuda_ms", lambda run: (run(), 2.0)[1])
     monkeypatch.setattr(kernels.torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(kernels.torch.cuda, "get_device_capability", lambda device: (9, 0))
     rows = kernels.candidates_report("cpu", [SHAPES[0], *SHAPES], torch.float32, 2, add_samples)
-    assert [row["candidate"] for row in rows] == ["cuBLAS, no dots", str(FIRST), "plain"] * 2
+    assert [row["candidate"] for row in rows] == ["cuBLAS, no dots", "plain", str(FIRST)] * 2
     for row in rows:
         B, T, n_in, n_out = row["shape"]
         assert row["failure"] == "" and row["error"] < 1e-5 and row["ms"] == 2
@@ -613,7 +613,7 @@ def test_every_gpu_has_candidates_of_different_names():
     for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]:
         for dtype in kernels.POINTERS:
             listed = kernels.candidates(capability, dtype)
-            assert listed[-2:] == [BMM, PLAIN] and len({*map(str, listed)}) == len(listed)
+            assert listed[:2] == [PLAIN, BMM] and len({*map(str, listed)}) == len(listed)
             assert (capability < (8, 0)) == (len(listed) == 2)
 
 
@@ -670,7 +670,7 @@ def test_a_table_of_candidates_on_a_gpu():
 @needs_gpu
 @pytest.mark.parametrize("kind", ["pointers", "descriptors", "bmm", "plain"])
 def test_a_scored_step_does_not_wait_for_the_gpu(monkeypatch, kind):
-    listed = [one for one in [*candidates_here(torch.bfloat16), PLAIN] if one.kind == kind]
+    listed = [one for one in [PLAIN, *candidates_here(torch.bfloat16)] if one.kind == kind]
     if not listed:
         pytest.skip(f"this GPU has no candidate of the kind '{kind}'")
     run = bench.Bench(bench.Knobs(device="cuda", n_layer=2, block_size=64, batch_size=4, dtype="bfloat16"), stock=False)
