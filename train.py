@@ -156,7 +156,7 @@ def compile_model(model, knobs, ranks, n_test_sets):
     compiled = torch.compile(model, fullgraph=True, dynamic=False, disable=not knobs.compile)
     if ranks.world == 1:
         return compiled, compiled
-    return DistributedDataParallel(compiled, forward_sync_buffers=False), compiled  # every rank has the directions
+    return DistributedDataParallel(compiled, broadcast_buffers=False), compiled  # every rank has the directions
 
 
 def choose_kernels(model, knobs, ranks, n_directions):

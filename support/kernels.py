@@ -81,29 +81,28 @@ class Candidate(NamedTuple):
 PLAIN, BMM = Candidate("plain"), Candidate("bmm")
 CUBLAS = Candidate("cuBLAS, no dots")  # one product of the whole batch: no candidate, but what to compare with
 
-# Where TMA cannot read x or dY: 128 registers for each of 256 threads and 64 KB of shared memory (96 on an H100) leave
-# room for two programs on a processor. float32 runs on the ordinary units, which keep their operands in registers too.
+# Where TMA cannot read x or dY. float32 runs on the ordinary units, which keep their operands in registers too.
 POINTERS = {
-    torch.bfloat16: Candidate("pointers", 128, 128, 64, 8, 3, 128),
+    torch.bfloat16: Candidate("pointers", 128, 128, 64, 8, 3),
     torch.float32: Candidate("pointers", 64, 64, 16, 4, 3),
 }
 FLOAT32 = [POINTERS[torch.float32], Candidate("pointers", 128, 64, 16, 8, 3)]
-# {capability: {dtype: the tiles, the most promising one first}}
+# {capability: {dtype: the tiles, the most promising one first}}. Of tiles of 128 x 128 by pointers one program has room
+# on a processor, of half of it two, of which one multiplies while the other takes its dot.
 TILES = {
     (8, 0): {
         torch.bfloat16: [
             POINTERS[torch.bfloat16],
-            Candidate("pointers", 256, 128, 64, 8, 3),
-            Candidate("pointers", 128, 128, 32, 8, 3),
-            Candidate("pointers", 128, 128, 32, 4, 3),
+            Candidate("pointers", 64, 128, 32, 4, 4),
+            Candidate("pointers", 128, 64, 32, 4, 4),
         ],
         torch.float32: FLOAT32,
     },
     (8, 9): {  # 100 KB of shared memory
         torch.bfloat16: [
-            Candidate("pointers", 128, 128, 32, 4, 3),
-            Candidate("pointers", 128, 128, 64, 8, 2, 128),
             Candidate("pointers", 128, 128, 32, 8, 3),
+            Candidate("pointers", 64, 128, 32, 4, 4),
+            Candidate("pointers", 128, 128, 64, 8, 2),
         ],
         torch.float32: FLOAT32,
     },
@@ -130,11 +129,11 @@ TILES = {
 
 
 def candidates(capability, dtype):
-    """The candidates for a GPU's (major, minor), the most promising one first, and last those without a tile."""
+    """The candidates for a GPU's (major, minor): those without a tile, which take little to compile, then the tiles."""
     major, minor = capability
     known = {8: (8, 0) if minor == 0 else (8, 9), 9: (9, 0), 10: (10, 0)}
     tiles = TILES[known.get(major, (8, 9))] if major >= 8 else {}  # of other chips: what needs least
-    return [*tiles.get(dtype, ()), BMM, PLAIN]
+    return [PLAIN, BMM, *tiles.get(dtype, ())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,38 +183,38 @@ if triton is not None:
         return dots
 
     @triton.jit
-    def store_part(part, corner_ptr, rows_left, cols_left, IN: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr):
-        """Write a part of dW, or ADD it to what is there."""
+    def store_part(part, corner_ptr, rows_left, cols_left, add, IN: tl.constexpr, EVEN: tl.constexpr):
+        """Write a part of dW, or add it to what is there."""
         rows = tl.arange(0, part.shape[0])
         cols = tl.arange(0, part.shape[1])
         inside = (rows < (part.shape[0] if EVEN else rows_left))[:, None]
         inside = inside & (cols < (part.shape[1] if EVEN else cols_left))[None, :]
         at = corner_ptr + (rows[:, None] * IN + cols[None, :])
-        if ADD:
+        if add:
             part += tl.load(at, mask=inside, other=0.0)
         tl.store(at, part, mask=inside)
 
     @triton.jit
-    def store_tile(total, corner_ptr, rows_left, cols_left, IN: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr):
+    def store_tile(total, corner_ptr, rows_left, cols_left, add, IN: tl.constexpr, EVEN: tl.constexpr):
         COLS: tl.constexpr = total.shape[1] // 4
         a, b, c, d = quarters(total)
-        store_part(a, corner_ptr, rows_left, cols_left, IN, EVEN, ADD)
-        store_part(b, corner_ptr + COLS, rows_left, cols_left - COLS, IN, EVEN, ADD)
-        store_part(c, corner_ptr + 2 * COLS, rows_left, cols_left - 2 * COLS, IN, EVEN, ADD)
-        store_part(d, corner_ptr + 3 * COLS, rows_left, cols_left - 3 * COLS, IN, EVEN, ADD)
+        store_part(a, corner_ptr, rows_left, cols_left, add, IN, EVEN)
+        store_part(b, corner_ptr + COLS, rows_left, cols_left - COLS, add, IN, EVEN)
+        store_part(c, corner_ptr + 2 * COLS, rows_left, cols_left - 2 * COLS, add, IN, EVEN)
+        store_part(d, corner_ptr + 3 * COLS, rows_left, cols_left - 3 * COLS, add, IN, EVEN)
 
     # A last slice of one sample needs no kernel of its own: what may be 1 is not made a constant then.
-    @triton.jit(do_not_specialize=["B", "T", "samples"])
+    @triton.jit(do_not_specialize=["B", "T", "samples", "add"])
     def pointers_kernel(
         x_ptr, dy_ptr, direction_ptr, dw_ptr, dots_ptr, B, T, OUT,
-        x_stride_b, x_stride_t, x_stride_c, dy_stride_b, dy_stride_t, dy_stride_c, samples,
-        IN: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
+        x_stride_b, x_stride_t, x_stride_c, dy_stride_b, dy_stride_t, dy_stride_c, samples, add,
+        IN: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, EVEN: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_T: tl.constexpr,
     ):  # fmt: skip
         """
-        x (B, T, IN), dy (B, T, OUT), direction (K, OUT, IN), dw (OUT, IN) to ADD to or (splits, OUT, IN) to fill, dots
-        (tiles, B, K); `samples` of a split; ROOM is the power of two for K numbers. EVEN: T, OUT and IN are multiples
-        of the tile. As constants the masks, and the distance IN between rows, take no registers.
+        x (B, T, IN), dy (B, T, OUT), direction (K, OUT, IN), dw (splits, OUT, IN) to fill or, where it is one, to `add`
+        to, dots (tiles, B, K); `samples` of a split; ROOM is the power of two for K numbers. EVEN: T, OUT and IN are
+        multiples of the tile. As constants the masks, and the distance IN between rows, take no registers.
         """
         # A tile's corner is an int64 scalar and the offsets within it are int32, so that no tensor is too large.
         tile = tl.program_id(0).to(tl.int64)
@@ -261,12 +260,12 @@ if triton is not None:
             dy_sample += dy_stride_b
             x_sample += x_stride_b
             dot += K
-        store_tile(total, dw_ptr + split * OUT * IN + corner, OUT - row, IN - col, IN, EVEN, ADD)
+        store_tile(total, dw_ptr + split * OUT * IN + corner, OUT - row, IN - col, add, IN, EVEN)
 
-    @triton.jit(do_not_specialize=["B", "steps", "length"])
+    @triton.jit(do_not_specialize=["B", "steps", "length", "add"])
     def descriptors_kernel(
-        x_desc, dy_desc, direction_ptr, dw_ptr, dots_ptr, B, steps, OUT, length, HOPPER: tl.constexpr,
-        IN: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
+        x_desc, dy_desc, direction_ptr, dw_ptr, dots_ptr, B, steps, OUT, length, add, HOPPER: tl.constexpr,
+        IN: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, EVEN: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_T: tl.constexpr,
     ):  # fmt: skip
         """
@@ -305,9 +304,9 @@ if triton is not None:
                 after = dots_of_tile(total, part, size, OUT - row, IN - col, IN, K, ROOM, EVEN)
                 tl.store(dots + sample * K + ks, after - before, mask=ks < K)
                 before = after
-        store_tile(total, dw_ptr + split.to(tl.int64) * OUT * IN + corner, OUT - row, IN - col, IN, EVEN, ADD)
+        store_tile(total, dw_ptr + split.to(tl.int64) * OUT * IN + corner, OUT - row, IN - col, add, IN, EVEN)
 
-    @triton.jit(do_not_specialize=["B", "samples", "size"])
+    @triton.jit(do_not_specialize=["B", "samples"])
     def add_and_dot_kernel(
         products_ptr, direction_ptr, dw_ptr, dots_ptr, B, samples, size, direction_stride,
         K: tl.constexpr, ROOM: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
@@ -404,12 +403,12 @@ def choose_splits(tiles, B, T, steps, processors):
 def launch_tiles(dw, x, dy, direction, add, candidate):
     (B, T, n_in), n_out, K = x.shape, dy.shape[2], len(direction)
     tiles, splits, length = plan((B, T, n_in, n_out), candidate, processors(x.device))
-    target = dw if splits == 1 else dw.new_empty(splits, n_out, n_in)
+    target, onto = (dw, int(add)) if splits == 1 else (dw.new_empty(splits, n_out, n_in), 0)
     block_out, block_in, block_t = candidate.block_out, candidate.block_in, candidate.block_t
     even = n_out % block_out == 0 and n_in % block_in == 0
     # The interpreter has no product of bfloat16 matrices; in float32 it is the same one, whose products are exact.
     upcast = triton.knobs.runtime.interpret and x.dtype == torch.bfloat16
-    modes = dict(IN=n_in, K=K, ROOM=triton.next_power_of_2(K), ADD=add and splits == 1, UPCAST=upcast)
+    modes = dict(IN=n_in, K=K, ROOM=triton.next_power_of_2(K), UPCAST=upcast)
     modes |= dict(BLOCK_OUT=block_out, BLOCK_IN=block_in, BLOCK_T=block_t)
     modes |= dict(num_warps=candidate.num_warps, num_stages=candidate.num_stages, maxnreg=candidate.maxnreg)
     if candidate.kind == "descriptors":
@@ -419,13 +418,13 @@ def launch_tiles(dw, x, dy, direction, add, candidate):
         steps = triton.cdiv(T, block_t)
         hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
         descriptors_kernel[(tiles, splits)](
-            x_desc, dy_desc, direction, target, dots, B, steps, n_out, length, hopper, EVEN=even, **modes
+            x_desc, dy_desc, direction, target, dots, B, steps, n_out, length, onto, hopper, EVEN=even, **modes
         )
     else:
         dots = dw.new_empty(1, tiles, B, K)
         even = even and T % block_t == 0
         pointers_kernel[(tiles, splits)](
-            x, dy, direction, target, dots, B, T, n_out, *x.stride(), *dy.stride(), length, EVEN=even, **modes
+            x, dy, direction, target, dots, B, T, n_out, *x.stride(), *dy.stride(), length, onto, EVEN=even, **modes
         )
     if splits > 1 and add:
         dw += target.sum(0)
@@ -696,7 +695,7 @@ def choose(device, shapes, dtype, plain, K=1, seconds=20.0):
 def compare(device, shapes, dtype, plain, K, listed, timer, seconds):
     """`choose` among the `listed` candidates, by `timer(run) -> ms`."""
     started, rows, untried = time.monotonic(), [], 0
-    for candidate in [listed[-1], *listed[:-1]]:  # plain PyTorch first: it compiles nothing
+    for candidate in listed:
         for shape in shapes:  # what a candidate has compiled serves several
             if time.monotonic() - started < seconds:
                 rows.append(attempt(candidate, shape, dtype, K, device, plain, timer))
@@ -767,7 +766,7 @@ def compiled(candidate, capability, dtype, K=1, even=True, **constants):
 
     descriptors = candidate.kind == "descriptors"
     kernel = descriptors_kernel if descriptors else pointers_kernel
-    constants |= dict(IN=768, K=K, ROOM=next_power_of_2(K), EVEN=even, ADD=True, UPCAST=False)
+    constants |= dict(IN=768, K=K, ROOM=next_power_of_2(K), EVEN=even, UPCAST=False)
     constants |= dict(BLOCK_OUT=candidate.block_out, BLOCK_IN=candidate.block_in, BLOCK_T=candidate.block_t)
     name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     kinds = dict(

@@ -158,7 +158,8 @@ def drawn_ahead(draw, position, device):
     its turn comes. The thread ends when the generator is closed.
     """
     on_gpu = torch.device(device).type == "cuda"
-    choose_gpu = (torch.cuda.set_device, (device,)) if on_gpu else ()  # a thread begins on the first one
+    # a thread begins on the first GPU; set_device takes no 'cuda' without a number
+    choose_gpu = (torch.cuda.set_device, (torch.device(device).index or 0,)) if on_gpu else ()
     with ThreadPoolExecutor(1, "loader", *choose_gpu) as thread:
         coming = thread.submit(draw, position)
         while True:

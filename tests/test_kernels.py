@@ -362,8 +362,8 @@ def test_compiles_for_a_gpu_that_is_not_there(capability, dtype, candidate, K, t
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made = kernels.compiled(candidate, capability, dtype, K)
     loop = "\n".join(made["loop"])
-    # With four directions their addresses may cost an A100 a few accesses.
-    assert made["local_in_loop"] <= (8 if K > 1 and capability < (9, 0) else 0)
+    # The addresses of four directions may cost a few accesses.
+    assert made["local_in_loop"] <= (8 if K > 1 else 0)
     assert made["shared"] <= {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227}[capability] * 1024
     if dtype == torch.float32:
         assert "FFMA" in loop and "LDGSTS" in loop
@@ -462,7 +462,7 @@ def compared(monkeypatch, implementations, times, seconds=20.0, clock=None):
     monkeypatch.setattr(kernels, "weight_gradient", weight_gradient)
     if clock:
         monkeypatch.setattr(kernels.time, "monotonic", clock)
-    listed = [*implementations, PLAIN]
+    listed = [PLAIN, *implementations]
     return kernels.compare(torch.device("cpu"), SHAPES, torch.float32, plain, 2, listed, timer, seconds)
 
 
@@ -607,7 +607,7 @@ def test_every_gpu_has_candidates_of_different_names():
     for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]:
         for dtype in kernels.POINTERS:
             listed = kernels.candidates(capability, dtype)
-            assert listed[-2:] == [BMM, PLAIN] and len({*map(str, listed)}) == len(listed)
+            assert listed[:2] == [PLAIN, BMM] and len({*map(str, listed)}) == len(listed)
             assert (capability < (8, 0)) == (len(listed) == 2)
 
 
@@ -664,7 +664,7 @@ def test_a_table_of_candidates_on_a_gpu():
 @needs_gpu
 @pytest.mark.parametrize("kind", ["pointers", "descriptors", "bmm", "plain"])
 def test_a_scored_step_does_not_wait_for_the_gpu(monkeypatch, kind):
-    listed = [one for one in [*candidates_here(torch.bfloat16), PLAIN] if one.kind == kind]
+    listed = [one for one in [PLAIN, *candidates_here(torch.bfloat16)] if one.kind == kind]
     if not listed:
         pytest.skip(f"this GPU has no candidate of the kind '{kind}'")
     run = bench.Bench(bench.Knobs(device="cuda", n_layer=2, block_size=64, batch_size=4, dtype="bfloat16"), stock=False)
