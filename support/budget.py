@@ -240,16 +240,21 @@ def table(result):
         f"{shape}; {knobs['gpu']}: {result['tflops']:.0f} TFLOP/s, {result['tb_s']:.2f} TB/s. Nothing here is measured."
     ]
     lines += [
-        f"Bytes by torch {torch.__version__}'s scheduler for a GPU. ? rests on a guess: products reach",
-        f"{PRODUCTS:.0%} of those TFLOP/s, attention {ATTENTION:.0%}, our weight gradient {KERNEL:.0%} of cuBLAS's speed, the L2 cache"
-        f" {result['l2_tb_s']} TB/s.",
+        f"Bytes by torch {torch.__version__}'s scheduler for a GPU. ? rests on a guess: products reach {PRODUCTS:.0%}",
+        f"of those TFLOP/s, attention {ATTENTION:.0%}, our weight gradient {KERNEL:.0%} of cuBLAS's speed,",
+        f"the L2 cache {result['l2_tb_s']} TB/s.",
     ]
     lines.append(f"{'':15}" + "".join(f"{arm:>22} " for arm in ARMS))
     lines.append(f"{'':15}" + f"{'GFLOP':>8}{'GB':>7}{'ms':>7} " * len(ARMS))
 
     def row(name, cells, mark):
-        figures = [(c.get("operations", 0) / 1e9, c.get("bytes", 0) / 1e9, c.get("ms", 0)) for c in cells]
-        return f"{name:15}" + "".join(f"{a:8.0f}{b:7.2f}{ms:7.2f}{mark:1}" for a, b, ms in figures)
+        line = f"{name:15}"
+        for counts in cells:
+            operations, moved, ms = counts.get("operations", 0) / 1e9, counts.get("bytes", 0) / 1e9, counts.get("ms", 0)
+            line += f"{operations:8.0f}" if operations else " " * 8
+            line += f"{moved:7.2f}" if moved else " " * 7
+            line += f"{ms:7.2f}{mark:1}" if counts else " " * 8
+        return line
 
     for part, mark in PARTS.items():
         lines.append(row(part, [result["arms"][arm].get(part, {}) for arm in ARMS], mark))
@@ -262,15 +267,13 @@ def table(result):
     for part in ("head products", "head dW", "head softmax", "dW"):
         lines.append(row(part, [result["before"][arm].get(part, {}) for arm in ARMS], PARTS[part]))
     lines.append(row("sum", [result["before_sums"][arm] for arm in ARMS], "?"))
-    old = {arm: parts["ms"] for arm, parts in result["before_sums"].items()}
-    old_bytes = {arm: parts["bytes"] for arm, parts in result["before_sums"].items()}
-    lines.append("")
-    lines.append(f"{'':26}{'now':>8}{'before':>8}")
+    old = result["before_sums"]
+    lines += ["", f"{'':26}{'now':>8}{'before':>8}"]
     for name, key, was in (
-        ("plain / stock, bytes", "plain_over_stock_bytes", old_bytes["plain"] / old_bytes["stock"]),
-        ("plain / stock, time", "plain_over_stock_time", old["plain"] / old["stock"]),
-        ("scored / plain, time", "scored_over_plain_time", old["scored"] / old["plain"]),
-        ("order 2 / plain, time", "order2_over_plain_time", old["order2"] / old["plain"]),
+        ("plain / stock, bytes", "plain_over_stock_bytes", old["plain"]["bytes"] / old["stock"]["bytes"]),
+        ("plain / stock, time", "plain_over_stock_time", old["plain"]["ms"] / old["stock"]["ms"]),
+        ("scored / plain, time", "scored_over_plain_time", old["scored"]["ms"] / old["plain"]["ms"]),
+        ("order 2 / plain, time", "order2_over_plain_time", old["order2"]["ms"] / old["plain"]["ms"]),
     ):
         lines.append(f"{name:26}{result[key]:8.3f}{was:8.3f}")
     first, last = next(iter(result["scoring_costs"].values()))
@@ -287,17 +290,19 @@ def conclusions(result):
     added = {part: scored[part]["ms"] - plain.get(part, dict(ms=0))["ms"] for part in scored}
     weights, tile, made = added["dW"] + added["head dW"], added["direction tile"], added["direction"]
     other = sum(added.values()) - weights - tile - made
+    cost = result["scored_over_plain_time"] - 1
     lines = [
-        f"The plain step moves {ratio:.3f} of the bytes of a stock step that returns the loss alone, and {nanogpt:.3f} of",
-        "those of one that returns its logits too, as nanoGPT's does: their gradient is zeros, written and read.",
-        f"Scoring adds {result['scored_over_plain_time'] - 1:.1%}, validation apart: slower weight gradients {weights:.2f} ms, the"
-        " direction's tile",
-        f"{tile:.2f}, making the direction {made:.2f}, all else {other:.2f}.",
+        f"The plain step moves {ratio:.3f} of the bytes of a stock step that returns the loss alone, and {nanogpt:.3f}",
+        "of one that returns its logits too, as nanoGPT's does: their gradient is zeros, written and read.",
+        f"Scoring adds {cost:.1%}, validation apart: slower weight gradients {weights:.2f} ms, reading the direction's",
+        f"tile {tile:.2f}, making the direction {made:.2f}, all else {other:.2f}.",
     ]
     for n, needed in result["needed_kernel_speed"].items():
-        ways = {way: f"{share:.0%} of cuBLAS's speed" if share else "more than it" for way, share in needed.items()}
+        ways = {way: f"{share:.0%}" if share else "more than 100%" for way, share in needed.items()}
         lines.append(
-            f"With {n} micro-batches a step 3% needs a kernel at {ways['tile hidden']} that hides the reading of the"
-            f" tile, {ways['tile read']} if it does not."
+            f"For 3% with {n} micro-batch{'es' if n > 1 else ''} a step the kernel needs {ways['tile hidden']} of"
+        )
+        lines.append(
+            f"cuBLAS's speed where the products hide the reading of the tile, {ways['tile read']} where they do not."
         )
     return lines

@@ -124,12 +124,12 @@ class AsOnGPU(TorchFunctionMode):
 
 def count(name, args, gpu, fused):
     """
-    {part: counts} of the operator `name` of support/operators.py on meta tensors `args`, by the first candidate for
+    {part: counts} of the operator `name` of support/operators.py on meta tensors `args`, by the first tile for
     the weight gradient on a GPU of {"capability", "processors"}; without the row kernels where not `fused`.
     """
     head = name == "head_loss"
     n_in, n_out = args[0].shape[2], args[1].shape[0 if head else 2]
-    candidates = {(n_in, n_out): kernels.candidates(gpu["capability"], args[0].dtype)[0]}
+    chosen = next(one for one in kernels.candidates(gpu["capability"], args[0].dtype) if one.block_t)
     weight = "head dW" if head else "dW"
     counter = Count("head products", weight, "head softmax" if head else weight)
 
@@ -151,7 +151,7 @@ def count(name, args, gpu, fused):
         return logits.new_empty(len(logits), dtype=torch.float32)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(operators, "weight_gradients", candidates))
+        stack.enter_context(mock.patch.object(operators, "weight_gradients", {(n_in, n_out): chosen}))
         stack.enter_context(mock.patch.object(kernels, "weight_gradient", weight_gradient))
         stack.enter_context(mock.patch.object(row_kernels, "cross_entropy_rows", cross_entropy_rows))
         stack.enter_context(mock.patch.object(row_kernels, "runs_on", lambda x: fused))
@@ -165,14 +165,17 @@ def count(name, args, gpu, fused):
 # What torch.compile would launch.
 
 
-def compiled(run, autocast, logits):
+class Schedule:
     """
-    ({part: counts}, [(operator, its arguments on meta tensors)]) of run() and of its result's backward, compiled for
-    fake tensors and never run. A kernel that touches a tensor of `logits` elements is the head's.
+    In place of inductor's compiler of a graph: `parts` {part: counts} of the kernels that it would launch, and `calls`
+    [(operator of ours, its arguments on meta tensors)], of all graphs that it was given. A kernel that touches a tensor
+    of `logits` elements is the head's.
     """
-    parts, calls = defaultdict(lambda: defaultdict(int)), []
 
-    def schedule(graph_module, inputs, is_backward=False, **_):
+    def __init__(self, logits):
+        self.logits, self.calls, self.parts = logits, [], defaultdict(lambda: defaultdict(int))
+
+    def __call__(self, graph_module, inputs, is_backward=False, **_):
         fake_mode = torch._guards.detect_fake_mode(inputs)
         record_original_output_strides(graph_module)
         graph = GraphLowering(graph_module, example_inputs=inputs, shape_env=fake_mode.shape_env)
@@ -181,30 +184,41 @@ def compiled(run, autocast, logits):
             graph.run(*inputs)
             graph._update_scheduler()  # fuses; no code is made
             for node in graph.scheduler.nodes:
-                part, operations = part_of(node, logits, is_backward)
+                part, operations = part_of(node, self.logits, is_backward)
                 if part:
-                    parts[part]["bytes"] += touched(node)
-                    parts[part]["operations"] += operations
+                    self.parts[part]["bytes"] += touched(node)
+                    self.parts[part]["operations"] += operations
         for node in graph_module.graph.nodes:
             if getattr(node.target, "namespace", "") == "data_value":
                 values = tree_map_only(torch.fx.Node, lambda argument: argument.meta["val"], node.args)
-                calls.append((node.target._opname, tree_map_only(torch.Tensor, on_meta, values)))
+                self.calls.append((node.target._opname, tree_map_only(torch.Tensor, on_meta, values)))
         return make_boxed_func(graph_module.forward)
+
+
+def compiled(run, autocast, logits):
+    """
+    (parts, calls) of Schedule for run() and its result's backward, in a FakeTensorMode: nothing is computed. With the
+    scheduler that fuses for a GPU, and a GPU's branches, on tensors that say 'cpu': autograd takes a GPU's tensors only
+    where there is one.
+    """
+    schedule = Schedule(logits)
 
     def backend(graph_module, inputs):
         return compile_fx(graph_module, inputs, inner_compile=schedule)
 
+    def on_gpu(tensor, tx):
+        return ConstantVariable.create(True)
+
     torch._dynamo.reset()
-    with contextlib.ExitStack() as stack:
-        # A GPU's scheduler and branches, on tensors that say 'cpu': autograd takes a GPU's only where there is one.
-        stack.enter_context(config.patch(cpu_backend="triton", fx_graph_cache=False))
-        yes = lambda self, tx: ConstantVariable.create(True)  # noqa: E731
-        stack.enter_context(mock.patch.object(TensorVariable, "method_attr_is_cuda", yes))
+    with (
+        config.patch(cpu_backend="triton", fx_graph_cache=False),
+        mock.patch.object(TensorVariable, "method_attr_is_cuda", on_gpu),
+    ):
         with autocast:
             result = torch.compile(run, backend=backend, fullgraph=True, dynamic=False)()
         if result is not None:
             result.backward()
-    return parts, calls
+    return schedule.parts, schedule.calls
 
 
 def on_meta(tensor):
