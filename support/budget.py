@@ -300,7 +300,7 @@ def conclusions(result):
     for n, needed in result["needed_kernel_speed"].items():
         ways = {way: f"{share:.0%}" if share else "more than 100%" for way, share in needed.items()}
         lines.append(
-            f"For 3% with {n} micro-batch{'es' if n > 1 else ''} a step the kernel needs {ways['tile hidden']} of"
+            f"For 3% with {n} micro-batch{'es' if int(n) > 1 else ''} a step the kernel needs {ways['tile hidden']} of"
         )
         lines.append(
             f"cuBLAS's speed where the products hide the reading of the tile, {ways['tile read']} where they do not."
