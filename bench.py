@@ -4,6 +4,8 @@ What scoring costs: a scored step beside a plain one, stock PyTorch's and one ba
     python bench.py                                                          # the demo's shape
     python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=16 --json
     python bench.py --n_layer=12 --n_head=12 --n_embd=768 --block_size=256 --batch_size=8 --vocab_size=50304 --rounds=5
+    python bench.py --budget               # on paper: operations, bytes and times of a step's parts on an H100, no GPU
+    python bench.py --budget --gpu=A100 --batch_size=32 --json                    # its knobs: --budget --help
 
 A step is forward, backward and AdamW, without clipping. (a) stock: the same model of torch.nn modules, all logits at
 once; (b) plain: model.py without alpha; (c) val: the validation gradient alone; (d) scored: (c), the direction, and a
@@ -321,8 +323,51 @@ def measure(knobs):
     return result
 
 
+def budget_of(knobs):
+    """support/budget.py's result for its knobs and this file's models, as a dict."""
+    from support import budget  # the compiler's parts that it needs take seconds to import
+
+    shape = {key: getattr(knobs, key) for key in ("block_size", "vocab_size", "n_head", "n_embd", "bias")}
+
+    def loss_of(arm, n_layer, windows):
+        model = (StockGPT if arm == "stock" else GPT)(GPTConfig(**shape, n_layer=n_layer))
+        inputs = [torch.zeros(windows, knobs.block_size, dtype=torch.int64) for _ in range(2)]
+        if arm == "scored":
+            attach_directions(model, knobs.n_directions)
+            inputs.append(torch.zeros(windows, knobs.n_directions, requires_grad=True))
+        return lambda: model(*inputs)[1]
+
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**shape, n_layer=knobs.n_layer))
+        weight = nn.Parameter(torch.empty(sum(p.numel() for p in model.parameters())))
+        weight.grad = torch.empty_like(weight)
+
+    def direction():
+        d, g, v = ([torch.empty(weight.numel())] for _ in range(3))
+        return lambda: precondition(d, g, g, v, 0.95, 1e-8, torch.ones(()), False)
+
+    def midpoint():
+        optimizer = torch.optim.AdamW([weight])
+        optimizer.state[weight] = dict(step=torch.ones(()), exp_avg_sq=torch.empty_like(weight))
+        with torch.no_grad():
+            theta, stepped = weight.clone(), weight.clone()
+            retreat_to_midpoint(optimizer)
+            torch._foreach_copy_([weight], [theta])
+            torch._foreach_copy_([weight], [stepped])
+
+    return budget.budget(knobs, loss_of, direction, midpoint, weight.numel())
+
+
 def main():
-    knobs = configure(Knobs, ["--json=True" if argument == "--json" else argument for argument in sys.argv[1:]])
+    arguments = ["--json=True" if argument == "--json" else argument for argument in sys.argv[1:]]
+    if "--budget" in arguments:
+        from support import budget
+
+        knobs = configure(budget.Knobs, [argument for argument in arguments if argument != "--budget"])
+        result = budget_of(knobs)
+        print(json.dumps(result) if knobs.json else "\n".join(budget.table(result)))
+        return
+    knobs = configure(Knobs, arguments)
     keep_freed_memory()
     if knobs.memory_of:
         print_peak(knobs)
