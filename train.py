@@ -271,7 +271,6 @@ def train(knobs, ranks, stack):
     directions = Directions(model, windows.val_sets, knobs) if knobs.score else None
     iter_num, position = 0, 0
     negative = []  # the share of values below zero, for each iteration since the last printed line
-    ranks.barrier()  # all have seen the folder as it was
     if folder.resumed:
         optimizer.load_state_dict(checkpoint["optimizer"])
         iter_num, position = checkpoint["iter_num"], checkpoint["position"]
@@ -294,13 +293,16 @@ def train(knobs, ranks, stack):
     model.train()
     batches = stack.enter_context(closing(windows.batches(position, ranks)))
     val_loss, val_ms = torch.zeros((), device=knobs.device), 0.0
-    spent, taken = 0.0, 0  # seconds and iterations since the last printed line
+    spent, taken = 0.0, 0  # milliseconds and iterations since the last printed line
     progress = tqdm(total=knobs.max_iters, initial=iter_num, unit="it", disable=None if ranks.rank == 0 else True)
     while True:
         last = iter_num == knobs.max_iters
         stopped = terminated() and not last
-        if last or stopped or iter_num % knobs.checkpoint_interval == 0:
-            watch.check()
+        report = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
+        saves, tests = (iter_num % n == 0 for n in (knobs.checkpoint_interval, knobs.eval_interval))
+        if last or stopped or report or saves or tests:  # the steps before end first: the wait is theirs
+            spent += timed(watch.check, knobs.device, True)[1]
+        if last or stopped or saves:
             watch.check_parameters(iter_num, optimizer)
             shares = (ranks.total(torch.stack(negative)) / ranks.world).tolist() if negative else []
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=asdict(model.config))
@@ -312,12 +314,10 @@ def train(knobs, ranks, stack):
             if ranks.rank == 0:
                 print(f"SIGTERM: stopped after {iter_num} iterations; {how_to_resume(knobs)}")
             return
-        if last or iter_num % knobs.eval_interval == 0:
-            watch.check()
+        if last or tests:
             folder.record(*test_losses(compiled, windows, iter_num, folder, *how))
         if last:
             break
-        report = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
         if knobs.score and report:
             first_set = windows.validation(next(iter(windows.val_sets)), iter_num)
             val_before = evaluate(compiled, windows, *first_set, *how)
@@ -380,11 +380,11 @@ def train(knobs, ranks, stack):
 
         if report:
             watch.check()
-        spent, taken = spent + time.perf_counter() - started, taken + 1
+        spent, taken = spent + (time.perf_counter() - started) * 1000, taken + 1
         if report:
             mean_loss = ranks.total(mean_loss).item() / ranks.world
             metrics = dict(iter=iter_num, loss=mean_loss, lr=lr, grad_norm=norm.item())
-            metrics["step_ms"] = spent * 1000 / taken
+            metrics["step_ms"] = spent / taken
             metrics["tokens_per_s"] = B * knobs.block_size / metrics["step_ms"] * 1000
             line = "iter {iter}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms"
             if knobs.score:
