@@ -13,6 +13,7 @@ A run's folder, out_dir, gets config.json, metrics.jsonl, ckpt.pt, dot_prod/ and
 SIGTERM ends a run after the step it is in, with a checkpoint.
 """
 
+import inspect
 import math
 import sys
 import time
@@ -156,7 +157,10 @@ def compile_model(model, knobs, ranks, n_test_sets):
     compiled = torch.compile(model, fullgraph=True, dynamic=False, disable=not knobs.compile)
     if ranks.world == 1:
         return compiled, compiled
-    return DistributedDataParallel(compiled, broadcast_buffers=False), compiled  # every rank has the directions
+    # The buffers are the directions, which every rank computes. torch 2.13 has another name for not sending them.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(compiled, **{buffers: False}), compiled
 
 
 def choose_kernels(model, knobs, ranks, n_directions):

@@ -686,14 +686,19 @@ def choose(device, shapes, dtype, plain, K=1, seconds=20.0):
         versions.append(hashlib.sha256(file.read()).hexdigest())
     shapes = sorted(set(map(tuple, shapes)))
     key = json.dumps([*versions, str(dtype), K, shapes])
+
+    def choose_now():
+        found = compare(device, shapes, dtype, plain, K, listed, cuda_ms, seconds)
+        torch.cuda.synchronize()  # an error that outlives its candidate ends the run before a choice is kept
+        torch.cuda.empty_cache()
+        return found
+
     with torch.cuda.device(device):
-        return remembered(
-            key, shapes, listed, lambda: compare(device, shapes, dtype, plain, K, listed, cuda_ms, seconds)
-        )
+        return remembered(key, shapes, listed, choose_now)
 
 
 def compare(device, shapes, dtype, plain, K, listed, timer, seconds):
-    """`choose` among the `listed` candidates, by `timer(run) -> ms`."""
+    """`choose` among the `listed` candidates, by `timer(run) -> ms`; and whether all of them were timed."""
     started, rows, untried = time.monotonic(), [], 0
     for candidate in listed:
         for shape in shapes:  # what a candidate has compiled serves several
@@ -713,7 +718,7 @@ def compare(device, shapes, dtype, plain, K, listed, timer, seconds):
     lines += [f"not {candidate}: {failure}" for candidate, failure in failures.items()]
     if untried:
         lines.append(f"{untried} timings of {len(listed) * len(shapes)} were left out after {seconds:.0f} s")
-    return table, "\n".join(lines)
+    return table, "\n".join(lines), not untried
 
 
 def cache_file():
@@ -723,7 +728,10 @@ def cache_file():
 
 
 def remembered(key, shapes, listed, choose_now):
-    """What choose_now() -> (table, reason) once gave for `key`, from the cache file; else it is called and kept."""
+    """
+    What choose_now() -> (table, reason, whether it is complete) once gave for `key`, from the cache file; else it is
+    called, and kept if it is complete: the next start finds the kernels compiled and has time for the others.
+    """
     path, names, notes = cache_file(), {str(candidate): candidate for candidate in listed}, []
     try:
         with open(path, encoding="utf-8") as file:
@@ -741,7 +749,9 @@ def remembered(key, shapes, listed, choose_now):
     except Exception as error:  # a damaged file has all kinds
         kept = {}
         notes.append(f"{path}: ignored, damaged ({type(error).__name__}: {error})")
-    table, reason = choose_now()
+    table, reason, complete = choose_now()
+    if not complete:
+        return table, "\n".join([reason, *notes, "the choice is not remembered: the next start tries the rest"])
     kept[key] = [str(table[n_in, n_out]) for _, _, n_in, n_out in shapes]
     try:
         with atomic_write(path) as file:

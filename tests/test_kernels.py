@@ -463,7 +463,11 @@ def compared(monkeypatch, implementations, times, seconds=20.0, clock=None):
     if clock:
         monkeypatch.setattr(kernels.time, "monotonic", clock)
     listed = [PLAIN, *implementations]
-    return kernels.compare(torch.device("cpu"), SHAPES, torch.float32, plain, 2, listed, timer, seconds)
+    table, reason, complete = kernels.compare(
+        torch.device("cpu"), SHAPES, torch.float32, plain, 2, listed, timer, seconds
+    )
+    assert complete == ("were left out" not in reason)
+    return table, reason
 
 
 def test_the_fastest_correct_candidate_of_each_shape_is_chosen(monkeypatch):
@@ -526,12 +530,12 @@ def test_the_report_has_every_shape_and_candidate():
         assert row["tflops"] == pytest.approx(2 * B * T * n_in * n_out / (row["ms"] / 1e3) / 1e12)
 
 
-def remembering(tmp_path, monkeypatch, key="this GPU", calls=None):
+def remembering(tmp_path, monkeypatch, key="this GPU", calls=None, complete=True):
     monkeypatch.setattr(kernels, "cache_file", lambda: str(tmp_path / "folder" / "kernels.json"))
 
     def choose_now():
         calls.append(1)
-        return {(6, 4): FIRST, (4, 6): PLAIN}, "chosen"
+        return {(6, 4): FIRST, (4, 6): PLAIN}, "chosen", complete
 
     return kernels.remembered(key, SHAPES, [FIRST, SECOND, PLAIN], choose_now)
 
@@ -564,6 +568,15 @@ def test_a_choice_that_cannot_be_kept_is_used(tmp_path, monkeypatch):
     calls = []
     table, reason = remembering(tmp_path, monkeypatch, calls=calls)
     assert table[6, 4] == FIRST and "the choice is not remembered" in reason
+
+
+def test_a_choice_that_ran_out_of_time_is_used_and_not_kept(tmp_path, monkeypatch):
+    calls = []
+    table, reason = remembering(tmp_path, monkeypatch, calls=calls, complete=False)
+    assert table[6, 4] == FIRST and "the next start tries the rest" in reason
+    assert not (tmp_path / "folder").exists()
+    remembering(tmp_path, monkeypatch, calls=calls)
+    assert len(calls) == 2
 
 
 def test_torch_has_a_cache_folder():
