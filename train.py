@@ -247,13 +247,13 @@ def worst_windows(model, windows, autocast, iter_num, ids, val_loss):
     if not math.isfinite(val_loss):
         sets += [(f"val ({name})", *windows.validation(name, iter_num)) for name in windows.val_sets]
     message = ""
-    for name, tokens, ids in sets:
+    for name, tokens, some in sets:
         with autocast:
-            losses = [model(*windows.batch(tokens, ids[i : i + 1]))[1].item() for i in range(len(ids))]
+            losses = [model(*windows.batch(tokens, some[i : i + 1]))[1].item() for i in range(len(some))]
         worst = int(np.nan_to_num(losses, nan=np.inf).argmax())
-        window = tokens.windows(ids[worst : worst + 1], model.config.block_size)[0].tolist()
+        window = tokens.windows(some[worst : worst + 1], model.config.block_size)[0].tolist()
         text = get_tokenizer(windows.meta["tokenizer"]).decode(window)
-        message += f"; its {name} windows are {', '.join(map(str, ids))}; the worst of them, {ids[worst]}, "
+        message += f"; its {name} windows are {', '.join(map(str, some))}; the worst of them, {some[worst]}, "
         message += f"with a loss of {losses[worst]:.4g}, reads {text!r}"
     return message
 
@@ -304,8 +304,8 @@ def train(knobs, ranks, stack):
         stopped = terminated() and not last
         report = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
         saves, tests = (iter_num % n == 0 for n in (knobs.checkpoint_interval, knobs.eval_interval))
-        if last or stopped or report or saves or tests:  # the steps before end first: the wait is theirs
-            spent += timed(watch.check, knobs.device, True)[1]
+        if last or stopped or report or saves or tests:  # what a GPU has still to do belongs to the steps before
+            spent += watch.check()
         if last or stopped or saves:
             watch.check_parameters(iter_num, optimizer)
             shares = (ranks.total(torch.stack(negative)) / ranks.world).tolist() if negative else []

@@ -1,5 +1,7 @@
 """The watch for numbers that are not finite: it stops a run at the first one, and no step waits for it."""
 
+import time
+
 import torch
 
 NAMES = "loss {:.4g}, gradient norm {:.4g}, validation loss {:.4g}, sum of dot products {:.4g}"
@@ -31,12 +33,15 @@ class Watch:
     def check(self):
         """
         Raises UserError where a step since the last check had a number that is not finite. Rank 0 adds what
-        `explain(iteration, ids of its windows, validation loss)` says. Waits for the device.
+        `explain(iteration, ids of its windows, validation loss)` says. Returns the milliseconds for which it has waited
+        until the device had ended those steps.
         """
+        started = time.perf_counter()
         iter_num, *numbers = self.first.tolist()
+        waited = (time.perf_counter() - started) * 1000
         if iter_num < 0:
             self.windows.clear()
-            return
+            return waited
         iter_num = int(iter_num)
         message = f"iteration {iter_num}: not every number is finite ({NAMES.format(*numbers)})"
         if self.folder.ranks.rank == 0:

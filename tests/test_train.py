@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -367,3 +368,25 @@ def test_the_loader_s_thread_lives_as_long_as_the_run(home, monkeypatch):
     refused(f"{TINY} --log_interval=1 --out_dir=out/damaged", "train.bin: damaged")
     assert [line["iter"] for line in metrics("out/damaged") if "loss" in line] == [0, 1, 2, 3, 4]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_the_time_of_a_step_has_what_the_run_waits_for_its_device(home, monkeypatch):
+    """On a GPU the steps between two lines end while the next check waits; here the wait is made up."""
+    monkeypatch.setattr(train.Watch, "check", lambda self: 1e6)
+    call(train.main, f"{TINY} --score=True --val_batch_size=4 --log_interval=4 --out_dir=out/x")
+    with open("out/x/metrics.jsonl", encoding="utf-8") as file:
+        times = [line["step_ms"] for line in map(json.loads, file) if "step_ms" in line]
+    assert len(times) == 3 and min(times) > 1e6 / 4
+
+
+def test_a_check_says_for_how_long_it_has_waited(monkeypatch):
+    clock = iter([10.0, 10.25])
+
+    class Slow:
+        def tolist(self):
+            return [-1.0, 0.0, 0.0, 0.0, 0.0]
+
+    watch = train.Watch(SimpleNamespace(knobs=SimpleNamespace(device="cpu")), None)
+    watch.first = Slow()
+    monkeypatch.setattr("support.watch.time.perf_counter", lambda: next(clock))
+    assert watch.check() == 250.0
