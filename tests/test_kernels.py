@@ -6,10 +6,8 @@ process of its own, since Triton reads TRITON_INTERPRET when it is imported.
 import functools
 import importlib.util
 import json
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -33,18 +31,6 @@ ALL = [
     for dtype, listed in tiles.items()
     for candidate in listed
 ]
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    version = tuple(map(int, kernels.triton.__version__.split(".")[:2]))
-    if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip(f"the interpreter of triton {kernels.triton.__version__} fails with numpy {np.__version__}")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("TRITON_INTERPRET", "1")
-            process.submit(torch.set_num_threads, 1).result()
-        yield process
 
 
 def problem(B, T, n_in, n_out, dtype, K=1, layout="", zero_direction=False, seed=0, device="cpu"):
