@@ -345,7 +345,7 @@ class Directions:
         """
         losses = []
         if not (self.half_life and self.gradients):
-            self.gradients = []  # before there are as many again
+            self.gradients = []  # frees the old ones before as many new ones are computed
             for gradient, loss in fresh:
                 self.gradients.append(gradient)
                 losses.append(loss)

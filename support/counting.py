@@ -86,9 +86,8 @@ class Count(TorchDispatchMode):
         moved, changed, inputs = 0, set(), []
         for argument in schema.arguments:
             write = argument.alias_info is not None and argument.alias_info.is_write
-            unread = (
-                argument is schema.arguments[0] and by_name.get("beta") == 0
-            )  # of addmm: only overwritten, if at all
+            # of addmm's first argument with beta = 0: only overwritten, if at all
+            unread = argument is schema.arguments[0] and by_name.get("beta") == 0
             for tensor in tensors_in(by_name.get(argument.name)):
                 passes = 2 if write and not argument.is_out and packet not in OVERWRITES else 1
                 size = size_of(tensor)

@@ -46,8 +46,8 @@ def _(x, dy, direction):
 def add_samples(dw, x, dy, direction, running):
     """
     Add dY_i^T X_i of every sample to dw, (out, in), in place. `running` is <dw, direction> for each direction, (K,), or
-    None for a dw that holds nothing yet; returns every sample's share dotted with each direction, (B, K), and <dw,
-    direction> with them, (K,).
+    None for a dw that holds nothing yet; returns every sample's share dotted with each direction, (B, K), and the next
+    `running`: <dw, direction> with these samples, (K,), or where a kernel has run, which needs no such number, (0,).
 
     The weight gradient may as well be accumulated one sample at a time; <dw, direction> after each sample then gives
     the sample's dot as a difference: for each direction one multiplication in T more than without it. (A buffer for
@@ -57,7 +57,7 @@ def add_samples(dw, x, dy, direction, running):
     candidate = weight_gradients.get((x.shape[2], dy.shape[2]), kernels.PLAIN)
     if candidate != kernels.PLAIN and dw.dtype == torch.float32:
         dots = kernels.weight_gradient(dw, x, dy, direction, running is not None, candidate)
-        return dots, dots.new_empty(0)  # which says that dw holds something: nothing else is needed
+        return dots, dots.new_empty(0)
     # What follows takes few calls: what Python takes between two of them, the cores of a CPU wait.
     flat_direction = direction.flatten(1)
     beta = 0 if running is None else 1
@@ -133,14 +133,14 @@ def head_loss(
     dx, dw, dots = _head_gradients(x, weight, direction, backward)
     dots.zero_()
     fused = row_kernels.runs_on(x)
-    beta = 0 if fused else 1  # of the first product that dw takes; where it is 1, zeros are there
-    if not fused:
+    beta = int(not fused and direction is None)  # 1: a plain step on a CPU adds its first product to zeros
+    if beta:
         dw.zero_()
     samples, length = head_slice(B, T, V, x.device.type, x.dtype)
     for i in range(0, B, samples):
         for t in range(0, T, length):
             part = slice(i, i + samples), slice(t, t + length)
-            dy = None  # the last slice's goes first: no second tensor of this size, so no log_softmax either
+            dy = None  # frees the previous slice's logits: two tensors of this size are never there at once
             if fused:  # the logits stay as the product gives them; their gradient takes their place
                 dy = x[part] @ weight.T
                 scale, index = 1 / (B * T), targets[part].contiguous().view(-1)

@@ -1,8 +1,8 @@
 """
 From dot products to nats: the log of dot products in a run's folder, and the values that it adds up to.
 
-A run has one column of values for each kind of direction and validation set. Directions of the same name are those of
-groups of its validation windows.
+A run has one column of values for each kind of direction and validation set. With val_groups above 1 its name stands
+several times among the log's directions, once for each group of validation windows.
 """
 
 import glob

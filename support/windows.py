@@ -1,10 +1,10 @@
 """
 Which windows a run sees, and when.
 
-Window i of a split is its tokens [i*T, i*T + T], T = block_size: x is the first T of them, y the last T. The order is
-a pure function of (seed, stream, position): every epoch visits each eligible window once, in an order that a keyed
-permutation computes on the fly, so that memory does not grow with the corpus and the state of a run is one integer,
-its position.
+Window i of a split is its tokens i*T to i*T + T, both included, T = block_size: x is the first T of them, y the last T.
+The next window begins with the last one. The order is a pure function of (seed, stream, position): every epoch visits
+each eligible window once, in an order that a keyed permutation computes on the fly, so that memory does not grow with
+the corpus and the state of a run is one integer, its position.
 """
 
 import hashlib
