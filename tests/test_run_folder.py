@@ -1,6 +1,7 @@
 """What a bad day does to a run: kills, full disks, damaged and hostile files, numbers gone bad, any input."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -9,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing.forkserver import ensure_running
 
 import numpy as np
 import pytest
@@ -30,11 +33,60 @@ from support.windows import VAL, WindowOrder, training_order
 SCORED = f"{TINY} --score=True --val_batch_size=3 --value_direction=adam"
 
 
-def start(flags, before="pass", **options):
-    """train.py as a process of its own, after the Python statements `before`."""
-    script = f"import sys; sys.path.insert(0, {ROOT!r}); import train; {before}; train.main()"
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-u", "-c", script, *flags.split()], **pipes, **options)
+FORKS = multiprocessing.get_context("forkserver")
+
+
+class Script:
+    """
+    train.py as a process of its own, after the Python statements `before`; what the tests use of subprocess.Popen. It
+    is forked from a process that has imported train.py already, because that takes seconds.
+    """
+
+    def __init__(self, flags, before="pass"):
+        FORKS.set_forkserver_preload(["train", "torch._dynamo"])
+        with pytest.MonkeyPatch.context() as environment:  # that of the first process, from which all are forked
+            environment.setenv("PYTHONPATH", ROOT)
+            ensure_running()
+        self.folder = tempfile.mkdtemp()
+        pipes = [f"{self.folder}/{name}" for name in ("stdout", "stderr")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        self.process = FORKS.Process(target=run_script, args=(os.getcwd(), flags.split(), before, pipes))
+        self.process.start()
+        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+        self.stdout, self.stderr = (open(pipe, encoding="utf-8") for pipe in pipes)  # noqa: SIM115
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+    def communicate(self):
+        said = self.stdout.read(), self.stderr.read()
+        self.wait()
+        return said
+
+
+def run_script(folder, argv, before, pipes):
+    os.chdir(folder)
+    for number, pipe in enumerate(pipes, 1):
+        os.dup2(os.open(pipe, os.O_WRONLY), number)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.argv = ["train.py", *argv]
+    exec(before)
+    train.main()
+
+
+start = Script
 
 
 def wait_for_training(run):
