@@ -15,7 +15,6 @@ corpus.
 
 import glob
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -111,127 +110,86 @@ def documents_of(knobs):
         raise UserError(f"--source={knobs.source}: no such file")
     if paths and extension not in KINDS:
         raise UserError(f"--source={knobs.source}: expected .parquet, .jsonl or .txt, found '{extension}'")
-    return file_documents(paths, knobs) if paths else hub_documents(knobs)
+    return file_documents(paths, knobs) if paths else row_documents(hub_rows(knobs), knobs.source, knobs)
 
 
 def file_documents(paths, knobs):
-    """
-    The documents of .parquet files, of which nothing but the two fields is read, of .jsonl files (.json: the same, or
-    one list), of which every line stands for itself, and of .txt files, of which each is one document. Raises UserError
-    naming the file where one cannot be read or lacks a field.
-    """
+    """The documents of files. Raises UserError naming the file where one cannot be read or lacks a field."""
     import pyarrow  # comes with `datasets`
 
-    fields, readers = fields_of(knobs), {".parquet": parquet_rows, ".txt": text_rows}
     for path in paths:
+        kind = os.path.splitext(path)[1]
         try:
-            yield from readers.get(os.path.splitext(path)[1], json_rows)(path, fields)
-        except UnicodeDecodeError as error:
-            what = f"--source={path}: could not be read as text: it has what is not UTF-8 ({error})"
-            raise UserError(f"--text_field={knobs.text_field}: {what}") from error
+            if kind == ".txt":
+                with open(path, encoding="utf-8", newline="") as file:
+                    yield file.read(), "all"
+            else:
+                rows = parquet_rows(path, knobs) if kind == ".parquet" else json_rows(path)
+                yield from row_documents(rows, path, knobs)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise UserError(f"--source={path}: could not be read ({type(error).__name__}: {error})") from error
+            raise UserError(f"--source={path}: could not be read as text ({type(error).__name__}: {error})") from error
 
 
-def parquet_rows(path, fields):
-    import pyarrow as pa
+def row_documents(rows, where, knobs):
+    """
+    The documents of rows, dicts that may hold dicts. No text is an empty one, no domain is 'none'. Raises UserError
+    where a row has no text field, where it holds no text, and where the first row has no domain field.
+    """
+    fields = {flag: getattr(knobs, flag) for flag in ("text_field", "domain_field") if getattr(knobs, flag)}
+    for i, row in enumerate(rows, 1):
+        found = {}
+        for flag, field in fields.items():
+            value = row
+            for part in field.split("."):
+                missing = not isinstance(value, dict) or part not in value
+                if missing and value is not None and (i == 1 or flag == "text_field"):
+                    names = ", ".join(value) if isinstance(value, dict) else "none"
+                    what = f"{where}, row {i:,} has no such field; there are: {names:.500}"
+                    raise UserError(f"--{flag}={field}: {what}")
+                value = None if missing else value[part]
+            found[flag] = value
+        text, domain = found["text_field"], found.get("domain_field", "all")
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"--text_field={knobs.text_field}: {where}, row {i:,} has {text!r:.80} there, not text")
+        yield text or "", "none" if domain is None else str(domain)
+
+
+def parquet_rows(path, knobs):
     from pyarrow import parquet
 
     with parquet.ParquetFile(path, memory_map=True) as file:
-        for flag, field in fields.items():
-            kind = pa.struct(file.schema_arrow)
-            for part in field.split("."):
-                found = {one.name: one for one in kind} if pa.types.is_struct(kind) else None
-                if not found or part not in found:
-                    raise no_such_field(flag, field, path, found)
-                kind = found[part].type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-            if flag == "text_field" and not text:
-                raise UserError(f"--text_field={field}: {path} has {kind} there, not text")
-        columns = sorted(set(fields.values()))
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                yield text_and_domain(row, fields)
+        columns = {knobs.text_field, knobs.domain_field} - {""}
+        if not columns <= {column.path for column in file.schema}:
+            columns = None  # all of them, for the message about the missing one
+        for batch in file.iter_batches(batch_size=256, columns=columns and sorted(columns)):
+            yield from batch.to_pylist()
 
 
-def json_rows(path, fields):
+def json_rows(path):
+    """The rows of JSON lines, each of which is parsed by itself, or of one list."""
     with open(path, encoding="utf-8-sig") as file:
-        listed = file.read(1) == "["  # one list of rows, which json reads whole
+        listed = file.read(1) == "["
         file.seek(0)
-        rows = enumerate(json.load(file) if listed else (json.loads(line) for line in file if line.strip()))
-        for i, row in rows:
-            for flag, field in fields.items():
-                found = row
-                # a domain may be missing further down, where it is 'none'
-                for part in field.split(".") if i == 0 or flag == "text_field" else ():
-                    if not isinstance(found, dict) or part not in found:
-                        raise no_such_field(flag, field, f"{path}, row {i + 1}", found)
-                    found = found[part]
-                    if found is None:
-                        break
-                if flag == "text_field" and not isinstance(found, (str, type(None))):
-                    raise UserError(f"--text_field={field}: {path}, row {i + 1}: has {found!r:.80} there, not text")
-            yield text_and_domain(row, fields)
+        yield from json.load(file) if listed else (json.loads(line) for line in file if line.strip())
 
 
-def text_rows(path, fields):
-    with open(path, encoding="utf-8", newline="") as file:
-        yield file.read(), "all"
-
-
-def fields_of(knobs):
-    """{flag: the path of the field that it names}, of the text and, if there is one, of the domain."""
-    return {flag: getattr(knobs, flag) for flag in ("text_field", "domain_field") if getattr(knobs, flag)}
-
-
-def no_such_field(flag, field, where, found):
-    names = ", ".join(found) if isinstance(found, dict) else ""
-    return UserError(f"--{flag}={field}: {where} has no such field; there are: {names or 'none':.500}")
-
-
-def text_and_domain(row, fields):
-    """(text, domain) of a row, a dict that holds dicts. No text is an empty one, no domain is 'none'."""
-    found = {}
-    for flag, field in fields.items():
-        value = row
-        for part in field.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        found[flag] = value
-    domain = found.get("domain_field", "all")
-    return found["text_field"] or "", "none" if domain is None else str(domain)
-
-
-def hub_documents(knobs):
-    """The documents of a hub id, by the library `datasets`."""
+def hub_rows(knobs):
+    """The rows of a hub id's data set, of which nothing but the text and the domain is read."""
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         data = datasets.load_dataset(knobs.source, split=knobs.split, num_proc=knobs.num_proc)
+        columns = {field.split(".")[0] for field in (knobs.text_field, knobs.domain_field) if field}
+        if columns <= set(data.column_names):
+            data = data.select_columns(sorted(columns))
+        for table in data.with_format("arrow").iter(batch_size=256):
+            yield from table.to_pylist()
     except Exception as error:  # of many types: no network, no such data set, a damaged file
         cause = error.__cause__ or error
-        what = f"{type(cause).__name__}: {cause}"
-        raise UserError(
-            f"--source={knobs.source}: could not be read as text by the library datasets ({what})"
-        ) from error
-    fields = fields_of(knobs)
-    for flag, field in fields.items():
-        found = data.features
-        for part in field.split("."):
-            if not isinstance(found, dict) or part not in found:
-                raise no_such_field(flag, field, knobs.source, found)
-            found = found[part]
-        if flag == "text_field" and getattr(found, "dtype", "") not in ("string", "large_string"):
-            raise UserError(f"--text_field={field}: {knobs.source} has {found} there, not text")
-    columns = sorted({field.split(".")[0] for field in fields.values()})
-    try:
-        for batch in data.select_columns(columns).iter(batch_size=256):
-            for values in zip(*batch.values(), strict=True):
-                yield text_and_domain(dict(zip(batch, values, strict=True)), fields)
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text_field={knobs.text_field}: {knobs.source} has what is not UTF-8 ({error})") from error
+        what = f"could not be read as text by the library datasets ({type(cause).__name__}: {cause})"
+        raise UserError(f"--source={knobs.source}: {what}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,76 +225,74 @@ def batches_of(documents, characters=2**22, count=2**12):
     yield batch
 
 
+class Split:
+    """A split on its way into `folder`: its tokens, and where each of its documents begins."""
+
+    def __init__(self, folder, name, stack):
+        self.name, self.path = name, f"{folder}/{name}"
+        self.bin = stack.enter_context(atomic_write(f"{self.path}.bin"))
+        self.starts = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+        self.sha256, self.tokens, self.documents = hashlib.sha256(), 0, 0
+
+    def write(self, ids, domain):
+        """Add a document, tokens (n,) uint16, of the domain of this index."""
+        self.starts.write(np.array([(self.tokens, domain)], dtype=DOCUMENT).tobytes())
+        self.bin.write(ids)
+        self.sha256.update(ids)
+        self.tokens += len(ids)
+        self.documents += 1
+
+    def finish(self):
+        """Write <split>.crc and <split>_docs.npy; returns what meta.json says about the split."""
+        self.bin.flush()
+        self.starts.flush()
+        docs = f"{self.path}_docs.npy"
+        with atomic_write(docs) as file:
+            np.save(file, np.memmap(self.starts, dtype=DOCUMENT, mode="r"))
+        counts = dict(tokens=self.tokens, documents=self.documents, sha256=self.sha256.hexdigest())
+        crc_sha256 = write_checksums(self.bin.name, f"{self.path}.crc")
+        return counts | dict(docs_sha256=sha256_of(docs), crc_sha256=crc_sha256)
+
+
 def write_corpus(documents, tokenizer, folder, knobs):
     """Encode the documents into `folder` and return meta.json's part on them: domains, splits and fingerprint."""
-    domains, digests = {}, {split: hashlib.sha256() for split in SPLITS}
-    tokens, counts, by_domain = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), Counter()
-    docs_digests, crc_digests = {}, {}
+    domains, by_domain, damaged = {}, Counter(), 0
     edges = [1 - knobs.val_fraction - knobs.test_fraction, 1 - knobs.test_fraction]
-    rng, damaged = np.random.default_rng(knobs.seed), 0
+    rng = np.random.default_rng(knobs.seed)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(knobs.num_proc))
-        bins = {split: stack.enter_context(atomic_write(f"{folder}/{split}.bin")) for split in SPLITS}
-        starts = {split: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for split in SPLITS}
+        splits = [Split(folder, name, stack) for name in SPLITS]
         progress = stack.enter_context(tqdm(unit="B", unit_scale=True, desc="encoding", disable=None))
         for batch in batches_of(documents):
             encoded = pool.map(lambda document: encode(tokenizer, document[0]), batch)
             sides = np.searchsorted(edges, rng.random(len(batch)), side="right")
             for (text, domain), side, (ids, replaced) in zip(batch, sides, encoded, strict=True):
-                split = SPLITS[side]
-                index = domains.setdefault(domain, len(domains))
-                bins[split].write(ids)
-                digests[split].update(ids)
+                splits[side].write(ids, domains.setdefault(domain, len(domains)))
                 damaged += replaced
-                starts[split].write(np.array([(tokens[split], index)], dtype=DOCUMENT).tobytes())
-                tokens[split] += len(ids)
-                counts[split] += 1
                 by_domain[domain] += len(ids)
                 progress.update(len(text))
-        if not domains or not any(tokens[split] > counts[split] for split in SPLITS):
+        if all(split.tokens == split.documents for split in splits):
             raise UserError(f"--source={knobs.source}: no text in it")
-        for split in SPLITS:
-            if not counts[split]:
-                flag = "val_fraction" if split == "train" else f"{split}_fraction"
-                total = sum(counts.values())
-                raise UserError(f"none of the {total} documents fell into {split}; change --{flag} or --seed")
+        for split in splits:
+            if not split.documents:
+                flag = "val_fraction" if split.name == "train" else f"{split.name}_fraction"
+                found = f"none of the {sum(split.documents for split in splits)} documents fell into {split.name}"
+                raise UserError(f"{found}; change --{flag} or --seed")
         if os.path.exists(f"{folder}/meta.json"):
             os.remove(f"{folder}/meta.json")  # files are replaced from here on: no corpus until it is written anew
-        for split in SPLITS:
-            bins[split].flush()
-            crc_digests[split] = write_checksums(bins[split].name, f"{folder}/{split}.crc")
-            docs_digests[split] = save_documents(starts[split], counts[split], f"{folder}/{split}_docs.npy")
-    for split in SPLITS:
-        print(f"{split}: {counts[split]:,} documents, {tokens[split]:,} tokens")
+        said = {split.name: split.finish() for split in splits}
+    for split in splits:
+        print(f"{split.name}: {split.documents:,} documents, {split.tokens:,} tokens")
     if len(domains) > 1:
-        total, most = sum(tokens.values()), by_domain.most_common(20)
+        total, most = by_domain.total(), by_domain.most_common(20)
         rest = f", and {len(domains) - 20} more" if len(domains) > 20 else ""
         print("tokens by domain: " + ", ".join(f"{name} {n / total:.1%}" for name, n in most) + rest)
     if damaged:
         print(f"{damaged:,} documents had text that is not Unicode: U+FFFD stands for it")
-    splits = {
-        split: {"tokens": tokens[split], "documents": counts[split], "sha256": digests[split].hexdigest()}
-        for split in SPLITS
-    }
-    identity = json.dumps([tokenizer.name, splits], sort_keys=True)  # of the tokens, whatever their domains are
-    for split in SPLITS:
-        splits[split] |= dict(docs_sha256=docs_digests[split], crc_sha256=crc_digests[split])
-    return dict(domains=list(domains), splits=splits, fingerprint=hashlib.sha256(identity.encode()).hexdigest())
-
-
-def save_documents(records, n, path):
-    """The `n` raw DOCUMENT records of a file as a .npy, a piece at a time; the sha256 of the .npy."""
-    records.seek(0)
-    header = io.BytesIO()
-    array = dict(descr=np.lib.format.dtype_to_descr(DOCUMENT), fortran_order=False, shape=(n,))
-    np.lib.format.write_array_header_1_0(header, array)
-    digest, piece = hashlib.sha256(), header.getvalue()
-    with atomic_write(path) as file:
-        while piece:
-            file.write(piece)
-            digest.update(piece)
-            piece = records.read(2**20)
-    return digest.hexdigest()
+    # of the tokens, whatever their domains are
+    counts = {name: {key: part[key] for key in ("tokens", "documents", "sha256")} for name, part in said.items()}
+    identity = json.dumps([tokenizer.name, counts], sort_keys=True)
+    return dict(domains=list(domains), splits=said, fingerprint=hashlib.sha256(identity.encode()).hexdigest())
 
 
 def write_checksums(bin_path, crc_path):

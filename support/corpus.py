@@ -17,6 +17,7 @@ SPLITS = ("train", "val", "test")
 DOCUMENT = np.dtype([("start", "<i8"), ("domain", "<i4")])
 META = dict(name=str, source=str, tokenizer=str, vocab_size=int, eot_token=int, seed=int, val_fraction=float)
 META |= dict(test_fraction=float, domains=list, splits=dict, fingerprint=str)
+SPLIT = dict(tokens=int, documents=int, sha256=str, docs_sha256=str, crc_sha256=str)  # of META's splits
 PAGE = 4096  # bytes of a .bin that have a checksum: a window is read with one or two pages, and 1 in 1,000 is added
 
 
@@ -43,41 +44,31 @@ def load_meta(folder):
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); prepare the corpus again") from error
-    for key, kind in META.items():
-        if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
-            found = repr(meta.get(key)) if isinstance(meta, dict) else repr(meta)
-            raise UserError(f"{path}: {key} = {found:.80}, expected {kind.__name__}; prepare the corpus again")
-    if meta["tokenizer"] not in ("gpt2", "bytes") or {type(name) for name in meta["domains"]} != {str}:
-        raise UserError(f"{path}: an unknown tokenizer, or domains that are no names; prepare the corpus again")
-    for split in SPLITS:
-        part = meta["splits"].get(split)
-        sizes = [part.get(key) for key in ("tokens", "documents")] if isinstance(part, dict) else [None]
-        if not all(type(size) is int and 0 <= size < 2**60 for size in sizes):
-            raise UserError(
-                f"{path}: splits.{split} = {part!r:.80}, expected its tokens and documents; prepare it again"
-            )
-    if meta.get("checksum") != checksum_of(meta):
-        raise UserError(f"{path}: damaged or edited by hand, its checksum differs; prepare the corpus again")
+        if meta["checksum"] != checksum_of(meta):
+            raise ValueError("its checksum differs")
+        for part, kinds in [(meta, META), *((meta["splits"][split], SPLIT) for split in SPLITS)]:
+            for key, kind in kinds.items():
+                if type(part[key]) is not kind:
+                    raise ValueError(f"{key} = {part[key]!r:.80}, expected {kind.__name__}")
+        if meta["tokenizer"] not in ("gpt2", "bytes") or {type(name) for name in meta["domains"]} != {str}:
+            raise ValueError("an unknown tokenizer, or domains that are no names")
+    except (ValueError, LookupError, TypeError) as error:
+        what = f"damaged, edited by hand or of another version ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {what}; prepare the corpus again") from error
     return meta
 
 
 def open_split(folder, split, meta):
     """The Tokens of a split. Raises UserError where a file is missing or of another length."""
-    path = os.path.join(folder, f"{split}.bin")
-    size = 2 * meta["splits"][split]["tokens"]
-    _check_size(path, size)
-    if sha256_of(f"{path[:-4]}.crc") != meta["splits"][split].get("crc_sha256"):
+    path, part = os.path.join(folder, f"{split}.bin"), meta["splits"][split]
+    found = os.path.getsize(path) if os.path.isfile(path) else -1
+    if found != 2 * part["tokens"]:
+        what = "missing" if found < 0 else f"truncated or of another corpus: {found:,} bytes"
+        mend = "prepare the corpus again with prepare_owt.py"
+        raise UserError(f"{path}: {what}, meta.json says {2 * part['tokens']:,}; {mend}")
+    if sha256_of(f"{path[:-4]}.crc") != part["crc_sha256"]:
         raise UserError(f"{path[:-4]}.crc: missing, damaged or of another corpus; prepare the corpus again")
     return Tokens(path)
-
-
-def _check_size(path, expected):
-    found = os.path.getsize(path) if os.path.isfile(path) else None
-    if found != expected:
-        what = "missing" if found is None else f"truncated or of another corpus: {found:,} bytes"
-        raise UserError(f"{path}: {what}, meta.json says {expected:,}; prepare the corpus again with prepare_owt.py")
 
 
 class Tokens:
@@ -123,7 +114,7 @@ def window_domains(folder, split, ids, block_size, meta):
     """
     path = os.path.join(folder, f"{split}_docs.npy")
     part = meta["splits"][split]
-    fits = sha256_of(path) == part.get("docs_sha256")
+    fits = sha256_of(path) == part["docs_sha256"]
     if fits:  # np.load's own errors come in many types, and cannot come now
         documents = np.load(path, mmap_mode="r", allow_pickle=False)
         fits = documents.dtype == DOCUMENT and len(documents) == part["documents"]

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 import prepare_owt
 from prepare_owt import SPLITS, encode
-from support.corpus import DOCUMENT, get_tokenizer, load_meta, open_split, window_domains
+from support.corpus import DOCUMENT, checksum_of, get_tokenizer, load_meta, open_split, window_domains
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared")
@@ -50,6 +50,11 @@ def jsonl(tmp_path):
 def digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def signed(meta):
+    """meta.json whose checksum fits."""
+    return json.dumps(meta | {"checksum": checksum_of(meta)})
 
 
 def documents_of(folder):
@@ -156,9 +161,9 @@ def test_of_rows_nothing_but_the_text_and_the_domain_is_read(tmp_path):
     "line, message",
     [
         ('{"txt": "b"}', "--text_field=text: .*a.jsonl, row 2 has no such field; there are: txt"),
-        ('{"text": ["b"]}', "--text_field=text: .*a.jsonl, row 2: has .'b'. there, not text"),
+        ('{"text": ["b"]}', "--text_field=text: .*a.jsonl, row 2 has .'b'. there, not text"),
         ('"b"', "--text_field=text: .*a.jsonl, row 2 has no such field; there are: none"),
-        ('{"text": "b', "--source=.*a.jsonl: could not be read .JSONDecodeError"),
+        ('{"text": "b', "--source=.*a.jsonl: could not be read as text .JSONDecodeError"),
     ],
 )
 def test_a_row_that_is_wrong_is_named(line, message, tmp_path):
@@ -393,7 +398,7 @@ def test_sources_without_text(tmp_path, monkeypatch):
         ("blank.jsonl", "no text in it"),
         ("broken.parquet", "could not be read"),
         ("latin.txt", "could not be read as text"),
-        ("latin.parquet", "--text_field=text: .*not UTF-8"),
+        ("latin.parquet", "latin.parquet: could not be read as text .UnicodeDecodeError"),
         ("notes.pdf", "expected .parquet, .jsonl or .txt, found '.pdf'"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -412,11 +417,13 @@ def test_readers_name_what_is_wrong(jsonl, tmp_path, monkeypatch):
         window_domains(str(folder), "train", np.arange(3), 4, meta)
     for text, message in (
         ("{", "damaged"),
-        ("[]", "name = "),
-        (json.dumps(meta | {"vocab_size": "a"}), "vocab_size = 'a', expected int"),
-        (json.dumps(meta | {"eot_token": True}), "eot_token = True, expected int"),
-        (json.dumps({key: meta[key] for key in meta if key != "fingerprint"}), "fingerprint = None, expected str"),
-        (json.dumps(meta | {"splits": {"train": {}}}), "splits.train = "),
+        ("[]", "damaged"),
+        (json.dumps(meta | {"seed": 1}), "its checksum differs"),
+        (signed(meta | {"vocab_size": "a"}), "vocab_size = 'a', expected int"),
+        (signed(meta | {"eot_token": True}), "eot_token = True, expected int"),
+        (signed({key: meta[key] for key in meta if key != "fingerprint"}), ".KeyError: 'fingerprint'"),
+        (signed(meta | {"splits": {"train": {}}}), "of another version .KeyError"),
+        (signed(meta | {"splits": []}), "of another version .TypeError"),
     ):
         (folder / "meta.json").write_text(text)
         with pytest.raises(SystemExit, match=message):
