@@ -107,7 +107,7 @@ def make_baseline(losses=(5, 4, 3, 2.5, 2), **knobs):
 @pytest.fixture
 def no_figures(monkeypatch):
     """For a test that looks at the table and the notes alone."""
-    monkeypatch.setattr(report, "write_figures", lambda *args: None)
+    monkeypatch.setattr(report, "write_figures", lambda *args: {})
 
 
 def rows_of(*folders, reference=None, target_loss=None):
@@ -140,9 +140,10 @@ def test_a_noisy_control_is_asked_for_its_first_crossing_too(no_figures, capsys)
     make_run("out/filtered", [5, 3.5, 2.5, 2.4, 2.2], **FILTERED)  # at 10 + 10 * 0.5 / 1
     rows = rows_of("out/control", "out/filtered")
     assert rows["control"]["reference"] and not rows["filtered"]["reference"]
-    assert rows["control"]["iterations"] == pytest.approx([10 + 10 / 1.1]) and rows["filtered"]["iterations"] == [15]
-    assert rows["filtered"]["saved"] == pytest.approx([1 - 15 / (10 + 10 / 1.1)])
-    assert rows["control"]["saved"] == [0] and rows["control"]["loss"] == [3.0]
+    assert rows["control"]["iterations"]["mean"] == pytest.approx(10 + 10 / 1.1)
+    assert rows["filtered"]["iterations"] == dict(mean=15, sd=None, each=[15])
+    assert rows["filtered"]["saved"]["mean"] == pytest.approx(1 - 15 / (10 + 10 / 1.1))
+    assert rows["control"]["saved"]["mean"] == 0 and rows["control"]["final_loss"]["mean"] == 3.0
     cells, _ = printed(capsys, "out/filtered", "out/control")
     assert cells["filtered"] == {
         "run": "filtered",
@@ -176,7 +177,7 @@ def test_test_set_goes_by_the_loss_of_one_of_the_validation_sets(no_figures, cap
         cells, _ = printed(capsys, "out/control", "out/filtered", *flags)
         assert cells["filtered"]["saved"] == saved
         assert {f"iterations to the final {name} of control", f"final {name}"} < set(cells["control"])
-    with pytest.raises(SystemExit, match="trained with --val_sets=all,odd; train it with --val_sets=all,even"):
+    with pytest.raises(UserError, match="no evaluation with a test_loss_even; .* needs a run with --val_sets=all,even"):
         report.main(["out/control", "--test_set=even"])
 
 
@@ -185,21 +186,21 @@ def test_a_saving_is_negative_or_absent_where_it_is(capsys):
     make_run("out/late", [5, 4.5, 4, 3, 1.0, 1.0], **FILTERED, max_iters=50)
     make_run("out/never", [5, 4, 3, 2, 1.1], **CONTROL, drop_random=0.25)
     runs = ["out/control", "out/late", "out/never"]
-    assert rows_of(*runs, target_loss=2)["late"]["saved"] == pytest.approx([1 - 35 / 30])
+    assert rows_of(*runs, target_loss=2)["late"]["saved"]["mean"] == pytest.approx(1 - 35 / 30)
     cells, notes = printed(capsys, *runs)
     goal = "iterations to the final test loss of control"
     assert cells["never"][goal] == "not reached" and cells["late"][goal] == "40" and cells["late"]["saved"] == "0.0%"
-    assert "late differs from control in more than its windows: max_iters 50 (not 40)." in notes
+    assert "late differs from the reference in more than its windows: max_iters 50 (not 40)." in notes
     rows = rows_of(*runs, target_loss=0.5)  # nor does the reference reach it
-    assert rows["control"]["iterations"] == [None] and rows["late"]["saved"] == [None]
+    assert rows["control"]["iterations"]["each"] == [None] and rows["late"]["saved"]["mean"] is None
     rows = rows_of(*runs, target_loss=7)
-    assert rows["late"]["iterations"] == [0] and rows["late"]["saved"] == [None]
+    assert rows["late"]["iterations"]["each"] == [0] and rows["late"]["saved"]["each"] == [None]
     for target in (2, 0.5, 7):
         cells, _ = printed(capsys, *runs, f"--target_loss={target}")  # the figures as well
         assert "iterations to the target test loss" in cells["late"]
 
 
-def test_the_reference_is_the_control_or_else_the_first_run(no_figures, capsys):
+def test_the_reference_is_the_named_run_or_the_control_or_the_first(no_figures, capsys):
     make_run("out/baseline", [5, 4, 3, 2.5, 2])
     make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
     make_run("out/filtered", [5, 4, 3, 2, 1], **FILTERED)
@@ -208,10 +209,13 @@ def test_the_reference_is_the_control_or_else_the_first_run(no_figures, capsys):
         (runs, "control"),
         (runs[:2], "baseline"),
         (runs[1::-1], "filtered"),
+        ([*runs, "--reference=out/filtered/"], "filtered"),
         ([*runs, "out/control/"], "control"),  # the same folder twice is one run
     ):
         cells, _ = printed(capsys, *folders)
         assert [run for run, row in cells.items() if row["saved"] == "reference"] == [name]
+    with pytest.raises(UserError, match="--reference=out/other: not among the runs; add it"):
+        report.main([*runs, "--reference=out/other"])
 
 
 def test_seeds_are_averaged_and_each_compared_with_the_reference_of_its_seed(no_figures, capsys):
@@ -222,8 +226,10 @@ def test_seeds_are_averaged_and_each_compared_with_the_reference_of_its_seed(no_
     make_run("out/filtered_s3", [5, 4, 2.5, 1.5, 1], **FILTERED, seed=3)  # 2.0 at 25: saves 3/8 of the first one's 40
     runs = [f"out/control_s{s}" for s in (1, 2)] + [f"out/filtered_s{s}" for s in (1, 2, 3)]
     rows = rows_of(*runs)
-    assert rows["filtered"]["saved"] == pytest.approx([1 / 2, 1 / 4, 3 / 8])
-    assert rows["filtered"]["target"] == [2.0, 1.0, 2.0] and len(rows["control"]["runs"]) == 2
+    assert rows["filtered"]["saved"]["each"] == pytest.approx([1 / 2, 1 / 4, 3 / 8])
+    assert rows["filtered"]["saved"]["mean"] == pytest.approx(3 / 8)
+    assert rows["filtered"]["saved"]["sd"] == pytest.approx(1 / 8)
+    assert rows["filtered"]["target"]["each"] == [2.0, 1.0, 2.0] and rows["control"]["seeds"] == [1, 2]
     cells, notes = printed(capsys, *runs)
     assert cells["filtered"]["saved"] == "37.5 ± 12.5%" and cells["control"]["final test loss"] == "1.5000 ± 0.7071"
     assert cells["filtered"]["seeds"] == "3" and "±: standard deviation over seeds" in notes
@@ -344,11 +350,10 @@ def test_values_without_a_spread_can_be_drawn(corpus):
 
 
 def test_more_domains_than_fit_are_cut_to_the_largest():
-    _, ax = figures.plt.subplots()
+    ax = figures.Figure().subplots()
     domain = np.repeat(np.arange(20), np.arange(1, 21))
     figures.draw_domains(ax, np.linspace(-1, 1, len(domain)), domain, [f"domain {d}" for d in range(20)])
     labels = [label.get_text() for label in ax.get_yticklabels()]
-    figures.plt.close()
     assert len(labels) == 14 and {"domain 19\n0% of 20", "domain 6\n100% of 7"} < set(labels)
 
 
@@ -370,6 +375,31 @@ def test_a_run_that_diverged_has_no_number_and_is_no_reference(capsys):
     cells, _ = printed(capsys, "out/control", "out/filtered", "--target_loss=2")
     assert cells["control"]["final test loss"] == "nan"
     assert cells["control"]["iterations to the target test loss"] == "not reached"
+
+
+def test_json_is_the_table_with_null_for_what_is_not_finite(capsys):
+    make_run("out/control", [5, 4, 3, 2, float("nan")], **CONTROL)
+    make_run("out/filtered", [5, 3, 2, 2, 1], **FILTERED, seed=2, max_iters=50)
+    report.main(["out/control", "out/filtered", "--reference=out/filtered", "--target_loss=3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["files"] == {"loss.png": "out/report/loss.png"} and "has not ended: 40 of 50" in found["notes"][2]
+    control, filtered = found["rows"]
+    assert filtered == {
+        "name": "filtered",
+        "reference": True,
+        "arm": "treatment",
+        "coverage": COVERAGE,
+        "folders": ["out/filtered"],
+        "seeds": [2],
+        "target": {"mean": 3, "sd": None, "each": [3]},
+        "iterations": {"mean": 10, "sd": None, "each": [10]},
+        "saved": {"mean": 0, "sd": None, "each": [0]},
+        "final_loss": {"mean": 1, "sd": None, "each": [1]},
+        "negative_windows": {"mean": None, "sd": None, "each": [None]},
+        "step_ms": {"mean": 122.5, "sd": None, "each": [122.5]},
+        "validation_ms": {"mean": None, "sd": None, "each": [None]},
+    }
+    assert control["final_loss"] == {"mean": None, "sd": None, "each": [None]} and control["saved"]["mean"] == -1
 
 
 def test_different_corpora_are_refused():
