@@ -365,7 +365,7 @@ def test_a_filter_that_has_changed_is_noticed(home, finished):  # noqa: F811
     call(train.main, flags)
     value[1] = -1.0
     np.savez("out/scored/values.npz", sample_id=sample_id, value=value, visits=visits)
-    refused(f"{flags} --max_iters=12 --init_from=resume", "--filter_from=out/scored: other windows than out/x/ckpt.pt")
+    refused(f"{flags} --max_iters=12 --init_from=resume", "--filter_from=out/scored: not the windows that out/x")
     value[1] = 1.0
     np.savez("out/scored/values.npz", sample_id=sample_id, value=value, visits=visits)
     call(train.main, f"{flags} --max_iters=12 --init_from=resume")
