@@ -138,7 +138,7 @@ def candidates(knobs, report):
 
     import bench
     import data_value
-    from model import GPT, GPTConfig
+    from model import GPT
     from support import kernels, operators, row_kernels
 
     size, device, dtype = FULL if knobs.cuda else TINY, knobs.device, torch.bfloat16
@@ -169,9 +169,10 @@ def candidates(knobs, report):
         report(kernel=name, ms=1000 * seconds, gb_per_s=traffic(*arguments)[0] / seconds / 1e9)
 
     peak = bench.peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else 0.0
+    shape = bench.Knobs(**size, device=device, dtype="bfloat16")
     with torch.device("meta"):
-        model = GPT(GPTConfig(**{key: size[key] for key in size if key != "batch_size"}))
-    shapes = Counter(data_value.weight_gradient_shapes(model, B, T, device, dtype))
+        model = GPT(bench.gpt_config(shape))
+    shapes = Counter(data_value.weight_gradient_shapes(model, shape))
     for shape, count in shapes.items():
         for row in kernels.candidates_report(device, [shape], dtype, 1, operators.add_samples):
             report(calls=count, **row, of_peak=row["tflops"] / peak if row["tflops"] and peak else None)
@@ -194,7 +195,7 @@ def steps(knobs, report):
     ours.buffers = data_value.attach_directions(ours.model)  # now: what is compiled would be compiled again
     held["directions"] = memory() - held["ours"]
     owners = dict(plain=["ours"], stock=["theirs"])
-    print(bench.choose_kernel(shape, ours.model), flush=True)
+    print(data_value.choose_kernels(ours.model, shape, 1), flush=True)
 
     def arm(name, m=1):
         def run():

@@ -26,9 +26,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_value import Directions, retreat_to_midpoint, validation_gradient, weight_gradient_shapes
+from data_value import Directions, choose_kernels, retreat_to_midpoint, validation_gradient
 from model import GPT, GPTConfig
-from support import kernels, operators
+from support import operators
 from support.configurator import UserError, check_training, configure
 from support.corpus import get_tokenizer
 from support.processes import how_to_resume, keep_freed_memory, processes, watch_sigterm
@@ -158,18 +158,6 @@ def compile_model(model, knobs, ranks, n_test_sets):
     return DistributedDataParallel(compiled, **{buffers: False}), compiled
 
 
-def choose_kernels(model, knobs, ranks, n_directions):
-    """On a GPU, take the fastest correct version of every weight gradient, the same on all ranks; print which."""
-    operators.weight_gradients = {}
-    dtype = getattr(torch, knobs.dtype)
-    shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0], dtype)
-    choice = None
-    if ranks.rank == 0:
-        choice, reason = kernels.choose(knobs.device, shapes, dtype, operators.add_samples, n_directions)
-        print(reason)
-    operators.weight_gradients = ranks.broadcast(choice, knobs.device)
-
-
 def timed(run, device, wanted):
     """What run() returns, and the milliseconds that it took. They count only where they are `wanted`: a GPU waits."""
     wait = torch.cuda.synchronize if wanted and device.startswith("cuda") else lambda: None
@@ -277,7 +265,9 @@ def train(knobs, ranks, stack):
     folder.describe(model, windows.coverage)
     windows.describe(ranks)
     if knobs.score:
-        choose_kernels(model, knobs, ranks, len(directions.names))
+        if ranks.rank == 0:
+            print(choose_kernels(model, knobs, len(directions.names)))
+        operators.weight_gradients = ranks.broadcast(operators.weight_gradients, knobs.device)
     terminated = watch_sigterm(stack, ranks, knobs)
     watch = Watch(folder, partial(worst_windows, model, windows, autocast))
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from support.configurator import UserError
+from support.configurator import check_each
 from support.counting import Count, compiled, count
 
 # TFLOP/s of bfloat16 and of float32 products, TB/s of memory and of the L2 cache, processors. H100 and H200: bfloat16
@@ -69,14 +69,7 @@ class Knobs:
     json: bool = False  # an object instead of the table
 
     def __post_init__(self):
-        for key, allowed in dict(dtype=("float32", "bfloat16"), gpu=tuple(GPUS)).items():
-            if getattr(self, key) not in allowed:
-                raise UserError(f"--{key}={getattr(self, key)}: expected {' or '.join(allowed)}")
-        for key, value in asdict(self).items():
-            if (type(value) is int and value < 1) or (type(value) is float and value < 0):
-                raise UserError(f"--{key}={value}: must be positive")
-        if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
+        check_each(self, dtype=("float32", "bfloat16"), gpu=tuple(GPUS))
 
 
 def add_up(*steps):

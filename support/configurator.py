@@ -107,6 +107,22 @@ CHOICES = dict(value_order=(1, 2), filter_pool=("scored", "all"), optimizer=("ad
 DIRECTIONS = ("sgd", "adam", "sgd-wte", "adam-wte")
 
 
+def check_each(knobs, **choices):
+    """
+    Raises UserError, naming the knob, for a number out of its range, a text that does not print, one of `choices` that
+    has none of its values, and a width that the heads do not divide.
+    """
+    for key, value in vars(knobs).items():
+        if type(value) in (int, float):
+            low, high = RANGES.get(key, (1, 2**31) if type(value) is int else (0, 1e30))
+            check(low <= value < high, f"--{key}={value}: must be at least {low} and below {high:,}")
+        check(str(value).isprintable(), f"--{key}={value!r}: has characters that cannot be printed")
+        allowed = choices.get(key, [value])
+        check(value in allowed, f"--{key}={value}: expected {' or '.join(map(str, allowed))}")
+    heads = f"--n_embd={knobs.n_embd} is not divisible by --n_head={knobs.n_head}"
+    check(knobs.n_embd % knobs.n_head == 0, heads)
+
+
 def check_training(knobs):
     """
     Check the knobs of train.py against each other, and fill in lr_decay_iters and the names in out_dir. Raises
@@ -116,18 +132,11 @@ def check_training(knobs):
     knobs.out_dir = knobs.out_dir.replace("{arm}", arm).replace("{seed}", str(knobs.seed))
     knobs.lr_decay_iters = knobs.lr_decay_iters or knobs.max_iters
     said = {key: f"--{key}={value}" for key, value in vars(knobs).items()}
-    for key, value in vars(knobs).items():
-        if type(value) in (int, float):
-            low, high = RANGES.get(key, (1, 2**31) if type(value) is int else (0, 1e30))
-            check(low <= value < high, f"{said[key]}: must be at least {low} and below {high:,}")
-        check(str(value).isprintable(), f"--{key}={value!r}: has characters that cannot be printed")
-        allowed = CHOICES.get(key, [value])
-        check(value in allowed, f"{said[key]}: expected {' or '.join(map(str, allowed))}")
+    check_each(knobs, **CHOICES)
     for key in ("out_dir", "data_dir", "dataset"):
         check(getattr(knobs, key), f"--{key}=: give the name of a folder; '.' is this one")
     too_many = knobs.batch_size * knobs.block_size >= 2**31
     check(not too_many, f"{said['batch_size']} windows of {said['block_size']}: too many")
-    check(knobs.n_embd % knobs.n_head == 0, f"{said['n_embd']} is not divisible by {said['n_head']}")
     float16 = "float16 needs a loss scaler, which would scale the values too; " if knobs.dtype == "float16" else ""
     check(knobs.dtype in ("bfloat16", "float32"), f"{said['dtype']}: {float16}expected bfloat16 or float32")
 

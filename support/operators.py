@@ -128,14 +128,9 @@ def head_loss(
     """
     B, T, C = x.shape
     V = len(weight)
-    full = torch.promote_types(x.dtype, torch.float32)
-    loss, running = torch.zeros((), dtype=full, device=x.device), None
-    dx, dw, dots = _head_gradients(x, weight, direction, backward)
-    dots.zero_()
-    fused = row_kernels.runs_on(x)
-    beta = int(not fused and direction is None)  # 1: a plain step on a CPU adds its first product to zeros
-    if beta:
-        dw.zero_()
+    loss, dx, dw, dots = head_results(x, weight, targets, direction, backward)
+    loss.zero_(), dots.zero_()
+    fused, running, beta = row_kernels.runs_on(x), None, 0
     samples, length = head_slice(B, T, V, x.device.type, x.dtype)
     for i in range(0, B, samples):
         for t in range(0, T, length):
@@ -150,7 +145,7 @@ def head_loss(
                 add_products(dx[part].view(-1, C), dy.flatten(0, 1), weight, beta=0)
             else:
                 index = targets[part].unsqueeze(2)
-                dy = (x[part] @ weight.T).to(full)  # the logits; in place their exponentials, then their gradient
+                dy = (x[part] @ weight.T).to(loss.dtype)  # the logits; in place their exponentials, then their gradient
                 target, largest = dy.gather(2, index), dy.amax(2, keepdim=True)
                 total = dy.sub_(largest).exp_().sum(2, keepdim=True)
                 loss += (total.log() + (largest - target)).sum()
@@ -168,14 +163,9 @@ def head_loss(
 
 
 @torch.library.register_fake("data_value::head_loss")
-def _(x, weight, targets, direction, backward):
-    full = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((), dtype=full), *_head_gradients(x, weight, direction, backward)
-
-
-def _head_gradients(x, weight, direction, backward):
-    """Room for the gradients of x, weight and alpha; none where there is no backward."""
-    full = torch.promote_types(x.dtype, torch.float32)
+def head_results(x, weight, targets, direction, backward):
+    """Room for the loss and for the gradients of x, weight and alpha, which are empty where there is no backward."""
     K = 0 if direction is None else len(direction)
     shapes = (x.shape, weight.shape, (len(x), K)) if backward else ((0,), (0,), (0,))
-    return [x.new_empty(shape, dtype=full) for shape in shapes]
+    full = torch.promote_types(x.dtype, torch.float32)
+    return tuple(x.new_empty(shape, dtype=full) for shape in ((), *shapes))

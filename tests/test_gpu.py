@@ -20,6 +20,7 @@ from test_run_folder import SCORED, same_run, start, wait_for_training
 from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import bench
+import data_value
 import gpu
 import train
 from support import carry, operators, stages, unexecuted
@@ -39,7 +40,7 @@ def scored_step(device, dtype):
     shape = dict(n_layer=2, n_head=2, n_embd=96, block_size=72, batch_size=6, vocab_size=515, bias=True)
     knobs = bench.Knobs(device=device, dtype=dtype, value_direction="sgd", **shape)
     run = bench.Bench(knobs, stock=False)  # its weights and windows are drawn on the CPU
-    bench.choose_kernel(knobs, run.model)
+    data_value.choose_kernels(run.model, knobs, 1)
     dots, gradients = run.scored_backward(), [p.grad for p in run.model.parameters()]
     with torch.no_grad(), run.autocast:
         loss = run.net(run.x, run.y)[1]

@@ -666,8 +666,9 @@ def test_a_scored_step_does_not_wait_for_the_gpu(monkeypatch, kind):
     listed = [one for one in [PLAIN, *candidates_here(torch.bfloat16)] if one.kind == kind]
     if not listed:
         pytest.skip(f"this GPU has no candidate of the kind '{kind}'")
-    run = bench.Bench(bench.Knobs(device="cuda", n_layer=2, block_size=64, batch_size=4, dtype="bfloat16"), stock=False)
-    shapes = data_value.weight_gradient_shapes(run.model, 4, 64, "cuda")
+    knobs = bench.Knobs(device="cuda", n_layer=2, block_size=64, batch_size=4, dtype="bfloat16")
+    run = bench.Bench(knobs, stock=False)
+    shapes = data_value.weight_gradient_shapes(run.model, knobs)
     monkeypatch.setattr(operators, "weight_gradients", {shape[2:]: listed[0] for shape in shapes})
     run.scored()  # compiles
     run.order2()
