@@ -33,11 +33,12 @@ from dataclasses import dataclass
 
 from support.carry import pack
 from support.configurator import UserError, configure
+from support.profiled import beside, part_of, profiled
 from support.stages import about_the_machine, end_of, shown, supervise, write_results
 from support.unexecuted import print_unexecuted, watch
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = [f"{ROOT}/gpu.py", f"{ROOT}/support/stages.py", f"{ROOT}/study/gpt2.py"]
+SCRIPTS = [f"{ROOT}/{path}" for path in ("gpu.py", "support/stages.py", "support/profiled.py", "study/gpt2.py")]
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Knobs:
 
 # 124M at the paper's batch; or what takes no time
 FULL = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, vocab_size=50304)
-TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, vocab_size=257)
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=40, batch_size=4, vocab_size=257)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stages: functions of the knobs and of report(**figures), which keeps what is measured. They import torch
@@ -97,24 +98,35 @@ def machine(knobs, report):
 
 
 def gpu_tests(knobs, report):
-    """The tests with the mark `gpu`, which are skipped where there is none."""
+    """The tests with the mark `gpu`, which are skipped where there is none; CUT are those that the limit left out."""
 
     def run(paths):
-        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", *paths]
-        outcomes = Counter()
+        # Ten seconds before the stage's end no test is begun, and what hangs is killed so that the rest is counted.
+        until = f"--until={time.time() + knobs.seconds - 10}"
+        command = [sys.executable, "-m", "pytest", "-vv", "-m", "gpu", "-p", "no:cacheprovider", until, *paths]
+        outcomes, begun, failed = Counter(), "", {}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of plugins that this machine may have
+        # without plugins that this machine may have; on a terminal so wide that a line is one line
+        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "250"}
         with subprocess.Popen(command, **pipes, cwd=ROOT, env=environment) as tests:
-            timer = threading.Timer(knobs.seconds - 3, tests.kill)  # so that what has ended is counted
+            timer = threading.Timer(knobs.seconds - 3, tests.kill)
             timer.start()
             for line in tests.stdout:
                 print(line, end="", flush=True)
-                ended, failed = re.search(r"::.* (PASSED|SKIPPED|FAILED|ERROR)", line), re.match("FAILED|ERROR", line)
-                outcomes.update(ended.groups() if ended and not failed else ())
-                for said in [line] if failed else ():
-                    report(test=said.strip())
+                ended = re.match(r"(\S+::.+?) (PASSED|SKIPPED|FAILED|ERROR)(.*out of time)?", line)
+                if ended:
+                    test, outcome, cut = ended.groups()
+                    outcomes[outcome if not cut else "CUT"] += 1
+                    failed |= {test: line.strip()} if cut or outcome in ("FAILED", "ERROR") else {}
+                summary = re.match(r"(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", line)
+                failed |= {summary.group(1): line.strip()} if summary else {}  # with the reason
+                begun = line.strip() if "::" in line and not ended and not summary else ""
         timer.cancel()
-        report(tests=" ".join(map(os.path.basename, paths)), **outcomes)
+        if begun:
+            failed[begun] = f"KILLED {begun}"
+        for said in failed.values():
+            report(test=said)
+        report(tests=" ".join(map(os.path.basename, paths)), limit_s=knobs.seconds, **outcomes)
         passed.update(outcomes)
         return tests.returncode
 
@@ -179,15 +191,20 @@ def candidates(knobs, report):
 
 
 def steps(knobs, report):
-    """bench.py's arms at 124M, compiled, those that matter most first."""
+    """bench.py's arms at 124M, compiled, those that matter most first; beside them what bench.py --budget says."""
     import torch
 
     import bench
     import data_value
 
     cuda, gpu = knobs.cuda, torch.cuda.get_device_name() if knobs.cuda else ""
+    size = FULL if cuda else TINY
+    card = next((name for name in ("A100", "H100", "H200") if name in gpu), "H100")
+    flags = [f"--gpu={card}", *(f"--{key}={value}" for key, value in size.items())]
+    with open(f"{knobs.work}/budget.json", "wb") as file:  # it counts while the first arms are compiled
+        counting = subprocess.Popen([sys.executable, f"{ROOT}/bench.py", "--budget", "--json", *flags], stdout=file)
     options = dict(val_batch_size=4, dtype="bfloat16", compile=cuda, device=knobs.device, rounds=7 if cuda else 1)
-    shape = bench.Knobs(**FULL if cuda else TINY, **options)
+    shape = bench.Knobs(**size, **options)
     memory, peak = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated) if cuda else (lambda: 0, lambda: 0)
     ours = bench.Bench(shape, False)
     parameters, windows = sum(p.numel() for p in ours.model.parameters()), (ours.x_val, ours.y_val)
@@ -206,7 +223,7 @@ def steps(knobs, report):
 
     plan = dict(plain=arm("plain"), scored=arm("scored"), stock=None, val=arm("val"))
     plan |= dict(scored4=arm("scored", 4), val4=arm("val", 4), order2=arm("order2"))  # 4: of m = 4 windows
-    arms = {}
+    arms, waiting = {}, {}
     for name, run in plan.items():
         uses, before = owners.get(name, ["ours", "directions"]), memory()
         arms[name] = run or bench.Bench(shape, True).plain
@@ -214,14 +231,17 @@ def steps(knobs, report):
         held[uses[0]] += memory() - before
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        kernels = longest_kernels(arms[name], cuda)
+        kernels, parts = profiled(arms[name], cuda, shape)
         peak_mb = (peak() - sum(held.values()) + sum(held[owner] for owner in uses)) / 2**20
         times = bench.take_turns(arms, shape)
         ms = 1000 * statistics.median(times[name])
         mfu = bench.mfu(shape, parameters, ms, gpu) if name in ("stock", "plain", "scored") else None
         report(arm=name, ms=ms, mfu=mfu, peak_mb=peak_mb, first_s=first_s)
-        for kernel, (kernel_ms, calls) in kernels:
-            report(arm=name, kernel=kernel, ms=kernel_ms, calls=calls)
+        for kernel, (kernel_ms, calls) in list(kernels.items())[:10]:
+            report(arm=name, kernel=kernel, part=part_of(kernel), ms=kernel_ms, calls=calls)
+        waiting |= {name: (ms, parts)} if name in ("stock", "plain", "val", "scored", "order2") else {}
+        if counting.poll() == 0:
+            beside_the_budget(waiting, file.name, report)
         missing = dict.fromkeys([*plan, "order24"], [math.nan] * shape.rounds)
         for m, end in ((1, ""), (4, "4")):
             of = missing | times
@@ -230,21 +250,23 @@ def steps(knobs, report):
             medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             known = {key: ratio for key, ratio in medians.items() if not math.isnan(ratio)}
             report(val_batch_size=m, **known)
+    assert not counting.wait(), "bench.py --budget failed"
+    beside_the_budget(waiting, file.name, report)
 
 
-def longest_kernels(run, cuda, most=10):
-    """[(kernel, (ms, calls))] of a run, by torch.profiler; on a CPU of its operators, their own time."""
-    from torch.profiler import ProfilerActivity, profile
-
-    kind, clock = ("CUDA", "self_device_time_total") if cuda else ("CPU", "self_cpu_time_total")
-    with profile(activities={ProfilerActivity.CPU, getattr(ProfilerActivity, kind)}) as profiled:
-        run()
-    found = {}
-    for event in profiled.events():
-        if event.device_type.name == kind and not event.is_user_annotation:
-            ms, calls = found.get(event.name, (0.0, 0))
-            found[event.name] = ms + getattr(event, clock) / 1000, calls + 1
-    return sorted(found.items(), key=lambda item: -item[1][0])[:most]
+def beside_the_budget(waiting, path, report):
+    """Report the steps {arm: (ms, {part: ms})} that are waiting beside what bench.py --budget has written to `path`."""
+    with open(path, encoding="utf-8") as file:
+        budget = json.load(file)
+    for arm, (ms, parts) in waiting.items():
+        passes = [arm] if arm in ("stock", "plain", "val") else [arm, "val"]  # where the budget has validation apart
+        on_paper = Counter()
+        for counts in (budget["arms"][name] for name in passes):
+            on_paper.update({part: count["ms"] for part, count in counts.items()})
+        rows = [dict(part="the whole step", ms=ms, budget_ms=on_paper.total()), *beside(parts, on_paper)]
+        for row in rows:
+            report(arm=arm, **row, budget_for=budget["knobs"]["gpu"])
+    waiting.clear()
 
 
 def figure2(knobs, report):

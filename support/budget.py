@@ -163,12 +163,12 @@ def budget(knobs, loss_of, direction, midpoint, parameters):
         return step
 
     now = passes(True, KERNEL)
-    steps, before = arms(now), arms(passes(False, 0.5))
+    steps, before = arms(now) | {"val": now["val"]}, arms(passes(False, 0.5))
     sums = {arm: total(parts) for arm, parts in steps.items()}
     result = dict(knobs=asdict(knobs), parameters=parameters, torch=torch.__version__, **speeds(knobs))
     result["guesses"] = dict(products=PRODUCTS, attention=ATTENTION, kernel=KERNEL, l2_tb_s=result["l2_tb_s"])
     result |= dict(arms=steps, sums=sums, before=before, before_sums={a: total(p) for a, p in before.items()})
-    result["val"] = total(now["val"])
+    result["val"] = sums["val"]
     result["plain_over_stock_bytes"] = sums["plain"]["bytes"] / sums["stock"]["bytes"]
     logits = B * T * knobs.vocab_size * getattr(torch, knobs.dtype).itemsize
     result["plain_over_nanogpt_bytes"] = sums["plain"]["bytes"] / (sums["stock"]["bytes"] + 2 * logits)

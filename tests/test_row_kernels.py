@@ -365,6 +365,42 @@ def test_layer_norms_on_a_gpu_equal_a_batch_of_one(shape, dtype, tolerance, bias
 # On a GPU.
 
 
+def scored_step(device, compiled, bias, **shape):
+    """Relative errors of the loss, dots and gradients of a step under autocast; the dots' oracle is brute force."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(bias=bias, **shape))
+    B, T, V = 4, shape["block_size"], shape["vocab_size"]
+    windows = x, y, x_val, y_val = [tokens(V, B, T) for _ in range(4)]
+    exact = copy.deepcopy(model).double()
+    direction = validation_oracle(exact, x_val, y_val)
+    oracle = [exact(x, y)[1], brute_force(exact, x, y, direction)]
+    oracle += torch.autograd.grad(oracle[0], list(exact.parameters()))
+
+    model.to(device)
+    buffers = attach_directions(model)
+    for p, d in zip(model.parameters(), direction, strict=True):
+        buffers[p][0].copy_(d)
+    alpha = torch.zeros(B, 1, device=device, requires_grad=True)
+    net = torch.compile(model, fullgraph=True, dynamic=False, disable=not compiled)
+    with torch.autocast(device, torch.bfloat16):
+        loss = net(*(window.to(device) for window in windows[:2]), alpha)[1]
+    loss.backward()
+    found = [loss, alpha.grad[:, 0] * B, *(p.grad for p in model.parameters())]
+    return [relative_error(ours.cpu(), theirs) for ours, theirs in zip(found, oracle, strict=True)]
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("compiled, bias", [(False, False), (True, True)])
+def test_a_scored_step_under_autocast_on_a_gpu(compiled, bias):
+    """GPT-2's widths; tolerances of bfloat16 factors, as on a CPU."""
+    shape = dict(block_size=64, vocab_size=50304, n_layer=2, n_head=12, n_embd=768)
+    loss_error, dots_error, *gradient_errors = scored_step("cuda", compiled, bias, **shape)
+    assert loss_error < 1e-3
+    assert dots_error < 0.02
+    assert max(gradient_errors) < 0.05
+
+
 @needs_triton
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -430,43 +466,6 @@ def test_gpt2s_layer_norms_on_a_gpu(bias):
         if compiled:
             backward = code[-1]
             assert backward.count(".run(") <= 3, backward
-
-
-def scored_step(device, compiled, bias, **shape):
-    """Relative errors of the loss, dots and gradients of a step under autocast; the dots' oracle is brute force."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(bias=bias, **shape))
-    B, T, V = 4, shape["block_size"], shape["vocab_size"]
-    windows = x, y, x_val, y_val = [tokens(V, B, T) for _ in range(4)]
-    exact = copy.deepcopy(model).double()
-    direction = validation_oracle(exact, x_val, y_val)
-    oracle = [exact(x, y)[1], brute_force(exact, x, y, direction)]
-    oracle += torch.autograd.grad(oracle[0], list(exact.parameters()))
-
-    model.to(device)
-    buffers = attach_directions(model)
-    for p, d in zip(model.parameters(), direction, strict=True):
-        buffers[p][0].copy_(d)
-    alpha = torch.zeros(B, 1, device=device, requires_grad=True)
-    net = torch.compile(model, fullgraph=True, dynamic=False, disable=not compiled)
-    with torch.autocast(device, torch.bfloat16):
-        loss = net(*(window.to(device) for window in windows[:2]), alpha)[1]
-    loss.backward()
-    found = [loss, alpha.grad[:, 0] * B, *(p.grad for p in model.parameters())]
-    return [relative_error(ours.cpu(), theirs) for ours, theirs in zip(found, oracle, strict=True)]
-
-
-@needs_triton
-@needs_gpu
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_scored_step_under_autocast_on_a_gpu(compiled, bias):
-    """GPT-2's widths; tolerances of bfloat16 factors, as on a CPU."""
-    shape = dict(block_size=64, vocab_size=50304, n_layer=2, n_head=12, n_embd=768)
-    loss_error, dots_error, *gradient_errors = scored_step("cuda", compiled, bias, **shape)
-    assert loss_error < 1e-3
-    assert dots_error < 0.02
-    assert max(gradient_errors) < 0.05
 
 
 def test_imports_without_triton(monkeypatch):
