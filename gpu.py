@@ -201,8 +201,9 @@ def steps(knobs, report):
     size = FULL if cuda else TINY
     card = next((name for name in ("A100", "H100", "H200") if name in gpu), "H100")
     flags = [f"--gpu={card}", *(f"--{key}={value}" for key, value in size.items())]
-    with open(f"{knobs.work}/budget.json", "wb") as file:  # it counts while the first arms are compiled
-        counting = subprocess.Popen([sys.executable, f"{ROOT}/bench.py", "--budget", "--json", *flags], stdout=file)
+    command = [sys.executable, f"{ROOT}/bench.py", "--budget", "--json", *flags]
+    with open(f"{knobs.work}/budget.json", "wb") as file:  # it counts, without a GPU, while the first arms are compiled
+        counting = subprocess.Popen(command, stdout=file, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     options = dict(val_batch_size=4, dtype="bfloat16", compile=cuda, device=knobs.device, rounds=7 if cuda else 1)
     shape = bench.Knobs(**size, **options)
     memory, peak = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated) if cuda else (lambda: 0, lambda: 0)
