@@ -14,6 +14,7 @@ minutes that are left. None stops the others: what one has measured when it fail
 gpu.md and log.txt are written anew after each. The status is 1 if one failed.
 """
 
+import atexit
 import glob
 import json
 import math
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 
 from support.carry import pack
 from support.configurator import UserError, configure
-from support.profiled import beside, part_of, profiled
+from support.profiled import PARTS, beside, part_of, profiled
 from support.stages import about_the_machine, end_of, shown, supervise, write_results
 from support.unexecuted import print_unexecuted, watch
 
@@ -191,21 +192,15 @@ def candidates(knobs, report):
 
 
 def steps(knobs, report):
-    """bench.py's arms at 124M, compiled, those that matter most first; beside them what bench.py --budget says."""
+    """bench.py's arms at 124M, compiled, those that matter most first; beside them their budget on paper."""
     import torch
 
     import bench
     import data_value
 
     cuda, gpu = knobs.cuda, torch.cuda.get_device_name() if knobs.cuda else ""
-    size = FULL if cuda else TINY
-    card = next((name for name in ("A100", "H100", "H200") if name in gpu), "H100")
-    flags = [f"--gpu={card}", *(f"--{key}={value}" for key, value in size.items())]
-    command = [sys.executable, f"{ROOT}/bench.py", "--budget", "--json", *flags]
-    with open(f"{knobs.work}/budget.json", "wb") as file:  # it counts, without a GPU, while the first arms are compiled
-        counting = subprocess.Popen(command, stdout=file, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     options = dict(val_batch_size=4, dtype="bfloat16", compile=cuda, device=knobs.device, rounds=7 if cuda else 1)
-    shape = bench.Knobs(**size, **options)
+    shape = bench.Knobs(**FULL if cuda else TINY, **options)
     memory, peak = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated) if cuda else (lambda: 0, lambda: 0)
     ours = bench.Bench(shape, False)
     parameters, windows = sum(p.numel() for p in ours.model.parameters()), (ours.x_val, ours.y_val)
@@ -224,7 +219,7 @@ def steps(knobs, report):
 
     plan = dict(plain=arm("plain"), scored=arm("scored"), stock=None, val=arm("val"))
     plan |= dict(scored4=arm("scored", 4), val4=arm("val", 4), order2=arm("order2"))  # 4: of m = 4 windows
-    arms, waiting = {}, {}
+    arms = {}
     for name, run in plan.items():
         uses, before = owners.get(name, ["ours", "directions"]), memory()
         arms[name] = run or bench.Bench(shape, True).plain
@@ -240,9 +235,8 @@ def steps(knobs, report):
         report(arm=name, ms=ms, mfu=mfu, peak_mb=peak_mb, first_s=first_s)
         for kernel, (kernel_ms, calls) in list(kernels.items())[:10]:
             report(arm=name, kernel=kernel, part=part_of(kernel), ms=kernel_ms, calls=calls)
-        waiting |= {name: (ms, parts)} if name in ("stock", "plain", "val", "scored", "order2") else {}
-        if counting.poll() == 0:
-            beside_the_budget(waiting, file.name, report)
+        for part in PARTS:
+            report(arm=name, part=part, ms=parts[part])
         missing = dict.fromkeys([*plan, "order24"], [math.nan] * shape.rounds)
         for m, end in ((1, ""), (4, "4")):
             of = missing | times
@@ -251,23 +245,6 @@ def steps(knobs, report):
             medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             known = {key: ratio for key, ratio in medians.items() if not math.isnan(ratio)}
             report(val_batch_size=m, **known)
-    assert not counting.wait(), "bench.py --budget failed"
-    beside_the_budget(waiting, file.name, report)
-
-
-def beside_the_budget(waiting, path, report):
-    """Report the steps {arm: (ms, {part: ms})} that are waiting beside what bench.py --budget has written to `path`."""
-    with open(path, encoding="utf-8") as file:
-        budget = json.load(file)
-    for arm, (ms, parts) in waiting.items():
-        passes = [arm] if arm in ("stock", "plain", "val") else [arm, "val"]  # where the budget has validation apart
-        on_paper = Counter()
-        for counts in (budget["arms"][name] for name in passes):
-            on_paper.update({part: count["ms"] for part, count in counts.items()})
-        rows = [dict(part="the whole step", ms=ms, budget_ms=on_paper.total()), *beside(parts, on_paper)]
-        for row in rows:
-            report(arm=arm, **row, budget_for=budget["knobs"]["gpu"])
-    waiting.clear()
 
 
 def figure2(knobs, report):
@@ -322,6 +299,25 @@ def run_stage(knobs, executed):
                 json.dump(sorted(executed), lines)
 
 
+def count_budget(knobs, gpu, work):
+    """The process of bench.py --budget for the shape of stage 4, which takes a core for a minute, without the GPU."""
+    card = next((name for name in ("A100", "H100", "H200") if name in gpu), "H100")
+    flags = [f"--{key}={value}" for key, value in (FULL if knobs.cuda else TINY).items()]
+    command = [sys.executable, f"{ROOT}/bench.py", "--budget", "--json", f"--gpu={card}", *flags]
+    with open(f"{work}/budget.json", "wb") as found, open(f"{work}/budget.log", "wb") as log:
+        counting = subprocess.Popen(command, stdout=found, stderr=log, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    atexit.register(counting.kill)
+    return counting
+
+
+def budget_of(counting, work):
+    """What the process has found; a figure that says why, if it has failed."""
+    if counting.wait():
+        return dict(failure=f"bench.py --budget: {end_of(f'{work}/budget.log', 300).strip()}")
+    with open(f"{work}/budget.json", encoding="utf-8") as file:
+        return json.load(file)
+
+
 def study_figures(path):
     """What study/gpt2.py has kept so far, as figures."""
     with open(path, encoding="utf-8") as file:
@@ -337,6 +333,7 @@ def measure(knobs, work, executed):
     deadline, stages = time.monotonic() + 60 * knobs.minutes, [about_the_machine()]
     if not knobs.cuda:
         os.environ["OMP_NUM_THREADS"] = "1"  # tiny shapes lose time by more
+    counting = count_budget(knobs, stages[0]["figures"][0]["gpu"], work) if 4 in knobs.order else None
     for place, stage in enumerate(knobs.order):
         function, _ = STAGES[stage]
         limit = limit_of(stage, knobs.order[place:], max(1.0, deadline - time.monotonic()))
@@ -350,6 +347,8 @@ def measure(knobs, work, executed):
         if os.path.exists(figures):
             with open(figures, encoding="utf-8") as file:
                 result["figures"] = [json.loads(line) for line in file if line.endswith("\n")]
+        if stage == 4:
+            result["figures"] = beside(result["figures"], budget_of(counting, work))
         if stage == 5 and os.path.exists(f"{work}/gpt2/metrics.json"):
             result["figures"] += study_figures(f"{work}/gpt2/metrics.json")
         result["last_lines"] = end_of(log, 4000).splitlines()[-30:] if status != 0 else []

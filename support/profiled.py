@@ -17,9 +17,11 @@ PARTS = {
     "AdamW": (["AdamW"], "adam"),
     "direction": (["direction"], "triton.*sqrt"),
     "casts, pointwise": (["casts", "pointwise"], "triton|gelu"),
-    "midpoint": (["midpoint"], "elementwise|multi_tensor_apply|memcpy|aten::(_foreach_)?copy_|aten::clone"),
+    "midpoint, copies": (["midpoint"], "elementwise|multi_tensor_apply|memcpy|aten::(_foreach_)?copy_|aten::clone"),
     "else": ([], ""),
 }
+# Of bench.py's arms those that have a budget, which has the validation pass apart.
+PASSES = dict(stock=["stock"], plain=["plain"], val=["val"], scored=["scored", "val"], order2=["order2", "val"])
 
 
 def part_of(name):
@@ -68,9 +70,21 @@ def profiled(run, cuda, knobs):
     return dict(sorted(kernels.items(), key=lambda item: -item[1][0])), parts
 
 
-def beside(parts, on_paper):
-    """Rows of part, ms and budget_ms for a step's {part: ms} and the {part: ms} of the budget's own parts."""
-    for part, (names, _) in PARTS.items():
-        budget_ms = sum(on_paper[name] for name in names)
-        if budget_ms or parts[part] > 1e-3:
-            yield dict(part=part, ms=parts[part], budget_ms=budget_ms)
+def beside(figures, budget):
+    """
+    The figures of bench.py's arms, with "budget_ms" in those of an arm as a whole and of its parts: what the budget, a
+    result of bench.py --budget, says of the same. Parts that neither of them has are left out.
+    """
+    if "failure" in budget:
+        return [*figures, budget]
+    rows = []
+    for row in figures:
+        parts, passes = [row["part"]] if "part" in row else PARTS, PASSES.get(row.get("arm"), [])
+        names = [name for part in parts for name in PARTS[part][0]]
+        counts = [budget["arms"][arm].get(name, {}) for arm in passes for name in names]
+        budget_ms = sum(count.get("ms", 0.0) for count in counts)
+        if passes and "kernel" not in row:
+            row = row | dict(budget_ms=budget_ms, budget_for=f"{budget['knobs']['gpu']}, on paper")
+        if "part" not in row or "kernel" in row or budget_ms or row["ms"] > 1e-3:
+            rows.append(row)
+    return rows
