@@ -98,11 +98,10 @@ def add_products(sums, a, b, beta=1):
         add(a.to(sums.dtype), b.to(sums.dtype), beta=beta)
 
 
-# Logits that may exist at a time, or 512 tokens' where that is more: a slice reads and writes all of dW. On a GPU they
-# may be bfloat16, 1 GB, and half as many of float32. GPT-2's batch of 16 x 1,024 tokens has 824M logits, 1.65 GB, which
-# a stock model keeps for the backward pass, where their gradient joins them. In two slices there are 1.0 GB, with dW,
-# 0.15, and dx, 0.05, still less than the logits alone; and dW is read and written once more, 0.3 GB or 0.1 ms.
-SLICE = {"cpu": 2**23, "cuda": 2**29}
+# Logits that may exist at a time, or 512 tokens' where that is more: a slice reads the weight twice, and reads and
+# writes all of dW. On a GPU they may be bfloat16, 2 GB, and half as many of float32: GPT-2's batch of 16 x 1,024 tokens
+# has 824M logits, 1.65 GB, and is one slice. A stock model has the logits and their gradient at once, twice as much.
+SLICE = {"cpu": 2**23, "cuda": 2**30}
 
 
 def head_slice(B, T, V, device_type, dtype):
@@ -164,8 +163,15 @@ def head_loss(
 
 @torch.library.register_fake("data_value::head_loss")
 def head_results(x, weight, targets, direction, backward):
-    """Room for the loss and for the gradients of x, weight and alpha, which are empty where there is no backward."""
+    """
+    Room for the loss and for the gradients of x, weight and alpha, which are empty where there is no backward. Where
+    the kernel of rows runs, dx has the dtype of x, and so has the dw of a plain step in one slice: autocast rounds the
+    gradients of every other product so.
+    """
+    B, T, _ = x.shape
     K = 0 if direction is None else len(direction)
-    shapes = (x.shape, weight.shape, (len(x), K)) if backward else ((0,), (0,), (0,))
-    full = torch.promote_types(x.dtype, torch.float32)
-    return tuple(x.new_empty(shape, dtype=full) for shape in ((), *shapes))
+    full, fused = torch.promote_types(x.dtype, torch.float32), row_kernels.runs_on(x)
+    whole = K == 0 and head_slice(B, T, len(weight), x.device.type, x.dtype) == (B, T)
+    dtypes = full, x.dtype if fused else full, x.dtype if fused and whole else full, full
+    shapes = ((), x.shape, weight.shape, (B, K)) if backward else ((), (0,), (0,), (0,))
+    return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
