@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from support.configurator import UserError, check
-from support.corpus import count_windows, load_meta, open_split, window_domains
+from support.corpus import count_windows, get_tokenizer, load_meta, open_split, window_domains
 from support.files import reading
 from support.values import load_values
 
@@ -247,6 +248,27 @@ class Windows:
         sets = {name: found[name][2] for name in names}
         # what a run and its resumption must share
         self.identity = dict(fingerprint=fingerprint, val_sets=sets, order=self.order.digest())
+
+    @cached_property
+    def bytes_per_token(self):
+        """
+        {name in metrics.jsonl: the mean number of bytes of the target tokens of its windows}: bits per byte are nats /
+        ln 2 / bytes_per_token. An end-of-text token has no bytes, but its nats count. Empty where GPT-2's BPE files
+        cannot be had.
+        """
+        try:
+            encoding = get_tokenizer(self.meta["tokenizer"])
+        except UserError:  # a machine without network trains all the same
+            return {}
+        lengths = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)])
+        lengths[encoding.eot_token], found = 0, {}
+        for name, (tokens, ids) in self.test_sets.items():
+            counts = np.zeros(encoding.n_vocab, dtype=np.int64)
+            for some in np.array_split(ids, len(ids) // self.B + 1):  # no more in memory than a batch
+                _, y = get_batch(tokens, some, self.knobs.block_size, encoding.n_vocab, "cpu")
+                counts += np.bincount(y.flatten().numpy(), minlength=encoding.n_vocab)
+            found[name] = float(counts @ lengths / counts.sum())
+        return found
 
     def batch(self, tokens, ids):
         """x, y, (k, T) on the device, of the windows `ids` of these Tokens."""
