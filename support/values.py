@@ -41,8 +41,9 @@ def write_log(out_dir, iter_num, entries, directions=("all:sgd",)):
 def log_files(out_dir):
     """The paths of a run's dot-product log in order, as {iteration in the name: path}."""
     folder, prefix = os.path.join(out_dir, "dot_prod"), "dot_prod_log_iter_"
-    names = glob.glob(f"{prefix}*.pt", root_dir=folder)
-    return {n: os.path.join(folder, f"{prefix}{n}.pt") for n in sorted(int(name[len(prefix) : -3]) for name in names)}
+    numbers = [name[len(prefix) : -len(".pt")] for name in glob.glob(f"{prefix}*.pt", root_dir=folder)]
+    numbers = sorted(int(n) for n in numbers if n.isdecimal())  # a copy 'dot_prod_log_iter_6 (1).pt' is no part of it
+    return {n: os.path.join(folder, f"{prefix}{n}.pt") for n in numbers}
 
 
 def read_log(out_dir):
