@@ -2,6 +2,8 @@
 
 import glob
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -69,6 +71,42 @@ def test_config_file_mistakes(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         configure(Some, [str(config)])
     assert "c.py" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfsize = 3\n",
+        b"import math\nfrom os.path import join\nsize = math.isqrt(9)\n",
+        b"def three():\n    return 3\n\nclass Own:\n    pass\n\nsize = three()\n",
+        "name, size = 'Stra\u00dfe', 3\n".encode(),
+        "# coding: latin-1\nname, size = 'Stra\u00dfe', 3\n".encode("latin-1"),
+        b"size = 3\r\n",
+    ],
+)
+def test_a_config_is_python_with_its_byte_order_mark_its_encoding_and_its_imports(tmp_path, content):
+    (tmp_path / "c.py").write_bytes(content)
+    knobs = configure(Some, [str(tmp_path / "c.py")])
+    assert knobs.size == 3 and knobs.name == ("Stra\u00dfe" if b"name" in content else "a")
+
+
+def test_a_config_is_read_in_any_locale(tmp_path):
+    (tmp_path / "c.py").write_text("name = 'Stra\u00dfe'\n", encoding="utf-8")
+    script = "import test_configurator as t, sys; print(ascii(t.configure(t.Some, sys.argv[1:]).name))"
+    environment = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    environment["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    command = [sys.executable, "-c", script, str(tmp_path / "c.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == r"'Stra\xdfe'"
+
+
+@pytest.mark.parametrize(
+    "text", ["import math as size", "def flag():\n    return True", "from math import sqrt as rate"]
+)
+def test_a_module_or_a_function_is_no_knob_s_value(tmp_path, text):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(UserError, match="c.py: (size|flag|rate) = .*: expected (int|bool|float)"):
+        configure(Some, [str(tmp_path / "c.py")])
 
 
 def test_help_prints_the_knobs(capsys):
