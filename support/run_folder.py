@@ -26,6 +26,7 @@ CHECKPOINT += ("metrics_bytes", "order", "val_gradients", "val_sets")
 # what may change between the start of a run and its resumption, because the numbers do not depend on it
 FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
 FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name", "process_timeout"}
+FREE_KNOBS |= {"dataset", "filter_from", "filter_column"}  # the corpus and the order are compared, not their names
 
 
 class RunFolder:
@@ -85,15 +86,16 @@ class RunFolder:
         for key, (default, why) in REMOVED.items():
             if then.get(key, default) != default:
                 raise UserError(f"{self.ckpt_path}: its run has {key} = {then[key]}, a knob that is gone: {why}")
+        if list(found["val_sets"]) == list(sets):
+            now["val_sets"] = then["val_sets"]
         for key in now:
             if key not in FREE_KNOBS and then.get(key) != now[key]:
                 mend = f"resume with --{key}={then.get(key)}"
                 raise UserError(f"{self.ckpt_path}: its run has {key} = {then.get(key)}, not {now[key]}; {mend}")
         if found["order"] != self.identity["order"]:
+            began = f"{self.ckpt_path} began with, those of filter_from = '{then['filter_from']}'"
             mend = "bring its values.npz back, or train anew in another --out_dir"
-            raise UserError(
-                f"--filter_from={knobs.filter_from}: other windows than {self.ckpt_path} began with; {mend}"
-            )
+            raise UserError(f"--filter_from={knobs.filter_from}: other windows than {began}; {mend}")
         knobs.init_from = then["init_from"]  # what config.json shall go on saying
         return found
 
