@@ -34,8 +34,7 @@ def configure(knobs_class, argv):
     paths of config files and `--key=value`, later ones winning. A `__post_init__` may check knobs against each other.
 
     Raises UserError, naming the knob, for an unknown name (with the nearest one), a value of another type, an argument
-    that is neither, or a config file that is missing or does not run. What a config file imports or defines, modules
-    and functions, is its own. `--help` prints the knobs and exits.
+    that is neither, or a config file that is missing or does not run. `--help` prints the knobs and exits.
     """
     types = {field.name: field.type for field in fields(knobs_class)}
     values = {}
@@ -49,9 +48,8 @@ def configure(knobs_class, argv):
                 raise UserError(f"{argument}: write it as --{key}=value")
             values[key] = _parse(_known(key, types, "the command line"), types[key], text)
         else:
-            for key, value in _run_config(argument).items():
-                if key in types or not (callable(value) or inspect.ismodule(value)):
-                    values[key] = _check(_known(key, types, argument), types[key], value, argument)
+            for key, value in _run_config(argument, types).items():
+                values[key] = _check(_known(key, types, argument), types[key], value, argument)
     return knobs_class(**values)
 
 
@@ -91,15 +89,15 @@ def _check(key, kind, value, where):
     return value
 
 
-def _run_config(path):
-    """The names that a config file assigns and imports; those that start with an underscore are its own."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such config file (knobs are written --key=value)")
+def _run_config(path, types):
+    """The names that a config file assigns; those that start with an underscore, modules and functions are its own."""
+    check(os.path.isfile(path), f"{path}: no such config file (knobs are written --key=value)")
     try:
         namespace = runpy.run_path(path)
     except Exception as error:  # whatever a config raises is told with the file's name
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    return {key: value for key, value in namespace.items() if not key.startswith("_")}
+    own = {key for key, value in namespace.items() if callable(value) or inspect.ismodule(value)} - set(types)
+    return {key: value for key, value in namespace.items() if not key.startswith("_") and key not in own}
 
 
 def split_names(text):
