@@ -117,27 +117,22 @@ def make_model(knobs, vocab_size, checkpoint, resumed):
     """The model that init_from asks for; `vocab_size` is the corpus's, `checkpoint` that of a resumption or ckpt.pt."""
     shape = {key: getattr(knobs, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
     shape["vocab_size"] = knobs.vocab_size or vocab_size
+    found = {key: checkpoint["model_args"].get(key) for key in shape} if checkpoint and not resumed else shape
+    for key in shape:
+        if found[key] != shape[key]:
+            what = f"its {key} is {found[key]}, this run's is {shape[key]}"
+            raise UserError(f"--init_from={knobs.init_from}: {what}; use --{key}={found[key]}")
     try:
-        if resumed:
-            model = GPT(GPTConfig(**checkpoint["model_args"]))
-            model.load_state_dict(checkpoint["model"])
-        elif checkpoint is not None:
-            for key, value in shape.items():
-                found = checkpoint["model_args"].get(key)
-                if found != value:
-                    what = f"its {key} is {found}, this run's is {value}"
-                    raise UserError(f"--init_from={knobs.init_from}: {what}; use --{key}={found}")
-            model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
-            # nanoGPT's torch.compile leaves a prefix in its checkpoints
-            model.load_state_dict({key.removeprefix("_orig_mod."): t for key, t in checkpoint["model"].items()})
+        if checkpoint:
+            model = GPT.from_checkpoint(checkpoint, knobs.dropout)
         elif knobs.init_from == "scratch":
             model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
         else:
             model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
             n = model.config.block_size
             if knobs.block_size > n:
-                found = f"{knobs.init_from} has {n} positions"
-                raise UserError(f"--block_size={knobs.block_size}: {found}; use --block_size={n}")
+                what = f"{knobs.init_from} has {n} positions"
+                raise UserError(f"--block_size={knobs.block_size}: {what}; use --block_size={n}")
             model.crop_block_size(knobs.block_size)
         model.to(knobs.device)
     except RuntimeError as error:
@@ -176,16 +171,12 @@ def choose_kernels(model, knobs, ranks, n_directions):
 
 
 def timed(run, device, wanted):
-    """What run() returns, and the milliseconds that it took, if they are wanted; else 0, and nothing is waited for."""
-    if not wanted:
-        return run(), 0.0
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
+    """What run() returns, and the milliseconds that it took. They count only where they are `wanted`: a GPU waits."""
+    wait = torch.cuda.synchronize if wanted and device.startswith("cuda") else lambda: None
+    wait()
     started = time.perf_counter()
     result = run()
-    if on_gpu:
-        torch.cuda.synchronize()
+    wait()
     return result, (time.perf_counter() - started) * 1000
 
 
@@ -198,10 +189,7 @@ def forward(net, batch, alpha, seed, knobs, autocast):
 
 
 def validation_gradients(net, windows, iter_num, knobs, ranks, autocast):
-    """
-    Yields the gradient and the mean loss of each group of this iteration's windows of each validation set; the ranks
-    share a group's windows.
-    """
+    """Yields (gradient, mean loss) of every group of this iteration's windows of every set; the ranks share a group."""
     for name in windows.val_sets:
         tokens, ids = windows.validation(name, iter_num)
         for group in np.split(ids, knobs.val_groups):

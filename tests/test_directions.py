@@ -286,7 +286,7 @@ def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # no
     meta["checksum"] = checksum_of(meta)
     with open("data/other/meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file)
-    with pytest.raises(SystemExit, match="--val_sets=other: other is another corpus than out/x/ckpt.pt began with"):
+    with pytest.raises(SystemExit, match="--val_sets=other: not the corpora that out/x/ckpt.pt began with"):
         call(train.main, f"{flags} --init_from=resume")
 
 
