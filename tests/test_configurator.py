@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.configurator import UserError, configure
+from support.configurator import UserError, configure, split_names
 from train import Knobs, get_lr
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -136,6 +136,14 @@ def test_any_command_line_gives_knobs_or_a_message(argv):
         (dict(score=True, value_direction="adam", optimizer="sgd"), "needs --optimizer=adamw"),
         (dict(max_iters=100, warmup_iters=100), "--warmup_iters=100"),
         (dict(learning_rate=1e-5), "--min_lr=6e-05 is above"),
+        (dict(out_dir=""), "--out_dir=: give the name of a folder"),
+        (dict(dataset=" "), "--dataset= : give the name of a folder"),
+        (dict(data_dir="\t"), "--data_dir='.t': has characters that cannot be printed"),
+        (dict(val_sets="a,,b"), "--val_sets=a,,b: expected names, each once"),
+        (dict(val_sets=r"a\,b,a\,b"), "expected names, each once"),
+        (dict(batch_size=2**20, block_size=2**11), "windows of --block_size=2048: too many"),
+        (dict(seed=2**63), "--seed=9223372036854775808: must be at least 0 and below 9,223,372,036,854,775,808"),
+        (dict(dropout=1), "--dropout=1: must be at least 0 and below 1"),
         (dict(batch_size=0), "--batch_size=0: must be at least 1"),
         (dict(learning_rate=-1.0), "--learning_rate=-1.0: must be at least 0"),
         (dict(filter_from="out/a", out_dir="out/a"), "give this run a folder of its own"),
@@ -150,6 +158,19 @@ def test_knobs_are_checked_against_each_other(values, message):
 def test_a_knob_that_is_gone_says_so(flag, advice):
     with pytest.raises(UserError, match=f"the knob '{flag.split('=')[0]}' is gone: .*use {advice}"):
         configure(Knobs, [f"--{flag}"])
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("all", ["all"]),
+        ("a,b", ["a", "b"]),
+        (r"Books\, fiction,all", ["Books, fiction", "all"]),
+        (r"\,,a\b,\\,", [",", r"a\b", "\\,"]),
+    ],
+)
+def test_a_backslash_keeps_a_comma_in_a_name(text, names):
+    assert split_names(text) == names
 
 
 def test_the_arms_have_folders_of_their_own():
