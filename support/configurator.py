@@ -129,11 +129,11 @@ def check_training(knobs):
         check(str(value).isprintable(), f"--{key}={value!r}: has characters that cannot be printed")
         allowed = CHOICES.get(key, [value])
         check(value in allowed, f"{said[key]}: expected {' or '.join(map(str, allowed))}")
-    for key in ("out_dir", "data_dir", "dataset"):
-        check(getattr(knobs, key).strip(), f"{said[key]}: give the name of a folder; '.' is this one")
     too_many = knobs.batch_size * knobs.block_size >= 2**31
     check(not too_many, f"{said['batch_size']} windows of {said['block_size']}: too many")
     check(knobs.n_embd % knobs.n_head == 0, f"{said['n_embd']} is not divisible by {said['n_head']}")
+    for key in ("out_dir", "data_dir", "dataset"):
+        check(getattr(knobs, key).strip(), f"{said[key]}: give the name of a folder; '.' is this one")
     float16 = "float16 needs a loss scaler, which would scale the values too; " if knobs.dtype == "float16" else ""
     check(knobs.dtype in ("bfloat16", "float32"), f"{said['dtype']}: {float16}expected bfloat16 or float32")
 

@@ -153,6 +153,21 @@ def drawn_ahead(draw, position, device):
             yield drawn
 
 
+def other_corpus(knobs, meta, name):
+    """The folder and meta.json of `name` in data_dir. Raises UserError for none, and for another tokenizer."""
+    folder, ours = os.path.join(knobs.data_dir, name), meta["tokenizer"]
+    if not os.path.isfile(f"{folder}/meta.json"):
+        others = [os.path.dirname(path) for path in glob.glob("*/meta.json", root_dir=knobs.data_dir)]
+        known = [known.replace(",", "\\,") for known in ("all", *meta["domains"], *others)]
+        near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0))
+        found = f"'{name}' is no corpus in {knobs.data_dir} and no domain of {knobs.dataset}"
+        raise UserError(f"--val_sets={knobs.val_sets}: {found}; of {len(known):,} names the nearest are {near}")
+    theirs = load_meta(folder)
+    found = f"{folder}: has the tokenizer {theirs['tokenizer']}, {knobs.dataset} has {ours}"
+    check(theirs["tokenizer"] == ours, f"{found}; prepare it with --tokenizer={ours}")
+    return folder, theirs
+
+
 def open_sets(knobs, meta, names, split, seed, stream):
     """
     {name: (its Tokens, the WindowOrder of its windows, its corpus's fingerprint)} of `split`: 'all' is the whole, other
@@ -162,21 +177,11 @@ def open_sets(knobs, meta, names, split, seed, stream):
     needed = dict(train=B, val=knobs.val_windows or knobs.val_batch_size, test=1)[split]
     smaller = dict(train="--batch_size, ", val="--val_batch_size, --val_windows, ", test="")[split]
     for name in names:
-        own = name == "all" or name in meta["domains"]
-        folder, theirs = os.path.join(knobs.data_dir, knobs.dataset if own else name), meta
-        if not own:
-            if not os.path.isfile(f"{folder}/meta.json"):
-                others = [os.path.dirname(path) for path in glob.glob("*/meta.json", root_dir=knobs.data_dir)]
-                known = [known.replace(",", "\\,") for known in ("all", *meta["domains"], *others)]
-                near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0))
-                found = f"'{name}' is no corpus in {knobs.data_dir} and no domain of {knobs.dataset}"
-                raise UserError(f"--val_sets={knobs.val_sets}: {found}; of {len(known):,} names the nearest are {near}")
-            theirs, ours = load_meta(folder), meta["tokenizer"]
-            found = f"{folder}: has the tokenizer {theirs['tokenizer']}, {knobs.dataset} has {ours}"
-            check(theirs["tokenizer"] == ours, f"{found}; prepare it with --tokenizer={ours}")
+        own = os.path.join(knobs.data_dir, knobs.dataset), meta
+        folder, theirs = own if name in ("all", *meta["domains"]) else other_corpus(knobs, meta, name)
         tokens, ids = open_split(folder, split, theirs), None
         n = count_windows(tokens, T)
-        if own and name != "all":
+        if name != "all" and name in meta["domains"]:
             domains = window_domains(folder, split, np.arange(n), T, meta)
             ids = np.flatnonzero(domains == meta["domains"].index(name))
         order = WindowOrder(n, seed, stream, ids)
@@ -258,9 +263,8 @@ class Windows:
     @cached_property
     def bytes_per_token(self):
         """
-        {name in metrics.jsonl: the mean number of bytes of the target tokens of its windows}: bits per byte are nats /
-        ln 2 / bytes_per_token. An end-of-text token has no bytes, but its nats count. Empty where GPT-2's BPE files
-        cannot be had.
+        {name in metrics.jsonl: mean bytes of the target tokens of its windows}: bits per byte = nats / ln 2 / these. An
+        end-of-text token has no bytes, but its nats count. Empty where GPT-2's BPE files cannot be had.
         """
         try:
             encoding = get_tokenizer(self.meta["tokenizer"])
