@@ -64,7 +64,7 @@ def _known(key, types, where):
     if key in REMOVED:
         raise UserError(f"{where}: the knob '{key}' is gone: {REMOVED[key][1]}")
     near = difflib.get_close_matches(key, types, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else "--help lists the knobs"
+    hint = f"did you mean '{near[0]}'?" if near else "--help lists the knobs, and a config's own names begin with _"
     check(key in types, f"{where}: there is no knob '{key}'; {hint}")
     return key
 
@@ -82,8 +82,8 @@ def _parse(key, kind, text):
 
 def _check(key, kind, value, where):
     """An int will do for a float; nothing else stands in for another type, and no float may be nan or infinite."""
-    if kind is float and type(value) is int and abs(value) < 2**1000:
-        value = float(value)
+    if type(value) is int and (kind is float or abs(value) >= 2**1000):
+        value = float(value) if abs(value) < 2**1000 else math.inf
     fits = type(value) is kind and (kind is not float or math.isfinite(value))
     check(fits, f"{where}: {key} = {value!r}: expected {kind.__name__}")
     return value
