@@ -12,6 +12,7 @@ import math
 import os
 import re
 import runpy
+import sys
 from dataclasses import fields
 
 
@@ -36,6 +37,8 @@ def configure(knobs_class, argv):
     Raises UserError, naming the knob, for an unknown name (with the nearest one), a value of another type, an argument
     that is neither, or a config file that is missing or does not run. `--help` prints the knobs and exits.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # names of domains may have characters that a terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     types = {field.name: field.type for field in fields(knobs_class)}
     values = {}
     for argument in argv:
