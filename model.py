@@ -28,11 +28,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, alpha=None):
         B, T, C = x.size()
-        # q, k, v: (B, n_head, T, C / n_head)
-        q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x, alpha).split(C, dim=2)
-        )
+        parts = self.c_attn(x, alpha).split(C, dim=2)  # and then (B, n_head, T, C / n_head)
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in parts)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         y = y.transpose(1, 2).contiguous().view(B, T, C)
@@ -98,12 +95,10 @@ class GPT(nn.Module):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, alpha=None):
         """
@@ -122,6 +117,14 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x), None
         return None, self.lm_head(x, targets, alpha)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, dropout):
+        """The GPT of ckpt.pt's dict, nanoGPT's or ours."""
+        model = cls(GPTConfig(**checkpoint["model_args"] | {"dropout": dropout}))
+        # nanoGPT's torch.compile leaves a prefix in its checkpoints
+        model.load_state_dict({key.removeprefix("_orig_mod."): t for key, t in checkpoint["model"].items()})
+        return model
 
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):

@@ -35,7 +35,7 @@ from support.processes import how_to_resume, keep_freed_memory, processes, watch
 from support.run_folder import RunFolder
 from support.values import load_values, write_values
 from support.watch import Watch
-from support.windows import Windows, hash_of, to_device
+from support.windows import Windows, hash_of
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Knobs:
     # the values
     score: bool = False  # value every window of every batch
     val_batch_size: int = 1  # m, the validation windows that a direction is made of, by default drawn every iteration
-    val_sets: str = "all"  # of the val split: 'all', domains, or other corpora of data_dir; 'a,b': values for each
+    val_sets: str = "all"  # of the val split: 'all', domains, corpora of data_dir; 'a,b': values for each; \, in a name
     val_windows: int = 0  # draw only from so many windows of each set; 0: from all
     val_groups: int = 1  # make a direction of each of so many parts of the m windows, for standard errors
     val_average: float = 0.0  # half-life, in iterations, of a running average of validation gradients; 0: none
@@ -117,27 +117,22 @@ def make_model(knobs, vocab_size, checkpoint, resumed):
     """The model that init_from asks for; `vocab_size` is the corpus's, `checkpoint` that of a resumption or ckpt.pt."""
     shape = {key: getattr(knobs, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
     shape["vocab_size"] = knobs.vocab_size or vocab_size
+    found = {key: checkpoint["model_args"].get(key) for key in shape} if checkpoint and not resumed else shape
+    for key in shape:
+        if found[key] != shape[key]:
+            what = f"its {key} is {found[key]}, this run's is {shape[key]}"
+            raise UserError(f"--init_from={knobs.init_from}: {what}; use --{key}={found[key]}")
     try:
-        if resumed:
-            model = GPT(GPTConfig(**checkpoint["model_args"]))
-            model.load_state_dict(checkpoint["model"])
-        elif checkpoint is not None:
-            for key, value in shape.items():
-                found = checkpoint["model_args"].get(key)
-                if found != value:
-                    what = f"its {key} is {found}, this run's is {value}"
-                    raise UserError(f"--init_from={knobs.init_from}: {what}; use --{key}={found}")
-            model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
-            # nanoGPT's torch.compile leaves a prefix in its checkpoints
-            model.load_state_dict({key.removeprefix("_orig_mod."): t for key, t in checkpoint["model"].items()})
+        if checkpoint:
+            model = GPT.from_checkpoint(checkpoint, knobs.dropout)
         elif knobs.init_from == "scratch":
             model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
         else:
             model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
             n = model.config.block_size
             if knobs.block_size > n:
-                found = f"{knobs.init_from} has {n} positions"
-                raise UserError(f"--block_size={knobs.block_size}: {found}; use --block_size={n}")
+                what = f"{knobs.init_from} has {n} positions"
+                raise UserError(f"--block_size={knobs.block_size}: {what}; use --block_size={n}")
             model.crop_block_size(knobs.block_size)
         model.to(knobs.device)
     except RuntimeError as error:
@@ -176,32 +171,25 @@ def choose_kernels(model, knobs, ranks, n_directions):
 
 
 def timed(run, device, wanted):
-    """What run() returns, and the milliseconds that it took, if they are wanted; else 0, and nothing is waited for."""
-    if not wanted:
-        return run(), 0.0
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
+    """What run() returns, and the milliseconds that it took. They count only where they are `wanted`: a GPU waits."""
+    wait = torch.cuda.synchronize if wanted and device.startswith("cuda") else lambda: None
+    wait()
     started = time.perf_counter()
     result = run()
-    if on_gpu:
-        torch.cuda.synchronize()
+    wait()
     return result, (time.perf_counter() - started) * 1000
 
 
-def forward(net, windows, alpha, seed, knobs, autocast):
-    """The mean loss of a micro-batch, (b, T + 1) tokens on the host, with alpha, (b, K), or None."""
+def forward(net, batch, alpha, seed, knobs, autocast):
+    """The mean loss of a micro-batch x, y, (b, T), with alpha, (b, K), or None."""
     if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
         torch.manual_seed(hash_of(*seed))
     with autocast:
-        return net(*to_device(windows, knobs.device), alpha)[1]
+        return net(*batch, alpha)[1]
 
 
 def validation_gradients(net, windows, iter_num, knobs, ranks, autocast):
-    """
-    Yields the gradient and the mean loss of each group of this iteration's windows of each validation set; the ranks
-    share a group's windows.
-    """
+    """Yields (gradient, mean loss) of every group of this iteration's windows of every set; the ranks share a group."""
     for name in windows.val_sets:
         tokens, ids = windows.validation(name, iter_num)
         for group in np.split(ids, knobs.val_groups):
@@ -243,7 +231,7 @@ def predicted_drop(gradient, params, before):
 def worst_windows(model, windows, autocast, iter_num, ids, val_loss):
     """The end of a message: what a step that went wrong was made of, `ids` and perhaps its validation windows."""
     model.eval()
-    sets = [("train", windows.data["train"], ids)]
+    sets = [("train", windows.train, ids)]
     if not math.isfinite(val_loss):
         sets += [(f"val ({name})", *windows.validation(name, iter_num)) for name in windows.val_sets]
     message = ""
@@ -265,7 +253,7 @@ def train(knobs, ranks, stack):
 
     # the windows; the run's folder; the model, the optimiser and the directions, new or as the checkpoint has them
     windows = Windows(knobs)
-    folder = RunFolder(knobs, ranks, windows.identity(), stack)
+    folder = RunFolder(knobs, ranks, windows.identity, stack)
     checkpoint = folder.checkpoint()
     torch.manual_seed(knobs.seed)
     model = make_model(knobs, windows.meta["vocab_size"], checkpoint, folder.resumed)

@@ -8,31 +8,34 @@ from contextlib import contextmanager
 
 import torch
 
-from support.configurator import UserError
+from support.configurator import UserError, check
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 @contextmanager
 def writing(path):
-    """Turns the system's refusal to write `path` for want of room, in the block, into a UserError."""
+    """Turns the system's refusal to write `path`, in the block, into a UserError."""
     try:
         yield
     except Exception as error:
         cause = error
-        while cause is not None and getattr(cause, "errno", None) not in NO_ROOM:
+        while cause is not None and getattr(cause, "errno", None) not in NO_ROOM | NO_PLACE:
             cause = cause.__cause__ or cause.__context__  # torch.save has a RuntimeError of its own for a full disk
-        if cause is None:
+        named = getattr(cause, "filename", None) or path  # the path, its temporary name or a folder above
+        if cause is None or not (path.startswith(named) or named.startswith(path)):
             raise
         whole = "what was there is whole; " if os.path.exists(path) else ""
-        raise UserError(f"{path}: could not be written ({cause.strerror}); {whole}make room and go on") from error
+        mend = "make room and go on" if cause.errno in NO_ROOM else "choose a folder that you may write to"
+        raise UserError(f"{path}: could not be written ({cause.strerror}); {whole}{mend}") from error
 
 
 @contextmanager
 def atomic_write(path):
     """
     Yields a binary file under a temporary name; synced and renamed to `path` when the block ends without an error. Its
-    folder is made. Raises UserError where there is no room for it; `path` is then as it was.
+    folder is made. Raises UserError where the system refuses to write it; `path` is then as it was.
     """
     folder, temporary = os.path.dirname(path) or ".", f"{path}.{os.getpid()}.tmp"
     try:
@@ -51,15 +54,25 @@ def atomic_write(path):
             os.remove(temporary)
 
 
+@contextmanager
+def reading(path, mend):
+    """Turns what goes wrong while the block reads `path` into a UserError that ends in `mend`."""
+    check(os.path.isfile(path), f"{path}: no such file; {mend}")
+    try:
+        yield
+    except (PermissionError, MemoryError) as error:
+        raise UserError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
+    except Exception as error:  # damaged files raise all kinds
+        what = f"{type(error).__name__}: {str(error).strip():.80}"
+        raise UserError(f"{path}: damaged, or not written by this script ({what}); {mend}") from error
+
+
 def load_torch(path, keys, mend):
     """
     The dict that torch.save wrote to `path`, which has `keys`. Nothing is unpickled, and every record is compared with
-    its CRC-32, as torch.load does not do. Raises UserError, ending in `mend`, where the file is missing, damaged or
-    something else.
+    its CRC-32, as torch.load does not do. Raises UserError, ending in `mend`, for any other file and for none.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; {mend}")
-    try:
+    with reading(path, mend):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -68,13 +81,7 @@ def load_torch(path, keys, mend):
         if not isinstance(loaded, dict):
             raise ValueError(f"a {type(loaded).__name__}, not a dict")
         missing = [key for key in keys if key not in loaded]
-    except (PermissionError, MemoryError) as error:
-        raise UserError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
-    except Exception as error:  # damaged files raise all kinds
-        what = f"{type(error).__name__}: {str(error).strip():.80}"
-        raise UserError(f"{path}: damaged, or not written by this script ({what}); {mend}") from error
-    if missing:
-        raise UserError(f"{path}: not written by this script, it has no {', '.join(missing)}; {mend}")
+    check(not missing, f"{path}: not written by this script, it has no {', '.join(missing)}; {mend}")
     return loaded
 
 
@@ -85,5 +92,4 @@ def lock(file, path):
     except BlockingIOError:
         raise UserError(f"{path}: a run is writing there now; wait for its end or choose another --out_dir") from None
     except OSError as error:
-        mend = "choose an --out_dir on another one"
-        raise UserError(f"{path}: its file system has no locks ({error.strerror}); {mend}") from error
+        raise UserError(f"{path}: no locks on its file system ({error.strerror}); choose another --out_dir") from error

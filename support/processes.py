@@ -70,27 +70,20 @@ def processes(knobs):
     if on_gpu and "LOCAL_RANK" in os.environ:
         knobs.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        known = torch.device(knobs.device).type in ("cpu", "cuda", "mps") and (not on_gpu or torch.cuda.is_available())
+        known = torch.device(knobs.device).type in ("cpu", "cuda", "mps")
         torch.empty(0, device=knobs.device)
     except (RuntimeError, AssertionError):
         known = False
     if not known:
-        none = "no such GPU is available here" if on_gpu else "no such device here"
-        raise UserError(f"--device={knobs.device}: {none}; use --device=cpu")
+        raise UserError(f"--device={knobs.device}: no such device here; use --device=cpu")
     if on_gpu:  # what is timed and synchronised is the current device
         torch.cuda.set_device(torch.device(knobs.device).index or 0)
     if "RANK" not in os.environ:
         yield Ranks()
         return
-    lost = []
-    atexit.register(end_without_teardown, lost)
     world, steps = int(os.environ["WORLD_SIZE"]), knobs.gradient_accumulation_steps
     if steps % world:
-        below, above = steps // world * world, -(-steps // world) * world
-        nearest = f"{below} or {above}" if below else f"{above}"
-        mend = f"use {nearest}, and --batch_size to keep the product"
-        if knobs.init_from == "resume":
-            mend = f"resume on a number of processes that divides {steps}"
+        mend = f"start as many processes as divide it, or a run with a multiple of {world} and another --batch_size"
         raise UserError(f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
@@ -100,21 +93,12 @@ def processes(knobs):
             raise
         lines = str(error).strip().splitlines()
         said = f"{lines[0]:.150}" + (f" ... {lines[-1]:.150}" if len(lines) > 1 else "")
-        lost.append(f"process {os.environ['RANK']} of {world}: another one died or hung, or cannot be reached ({said})")
-        raise UserError(f"{lost[0]}; {how_to_resume(knobs)}") from error
+        lost = f"process {os.environ['RANK']} of {world}: another one died or hung, or cannot be reached ({said})"
+        # A thread of gloo's that still holds a tensor would ask the dying interpreter to let go of it, and abort.
+        atexit.register(os._exit, 1)
+        sys.stdout.flush()
+        raise UserError(f"{lost}; {how_to_resume(knobs)}") from error
     dist.destroy_process_group()
-
-
-def end_without_teardown(lost):
-    """
-    For atexit: where another process is lost, end this one with status 1 before the interpreter is taken down. A thread
-    of gloo's that still holds a tensor would ask the dying interpreter to let go of it, and abort the process.
-    """
-    if lost:
-        try:
-            sys.stdout.flush()
-        finally:
-            os._exit(1)
 
 
 def keep_freed_memory():

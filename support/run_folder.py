@@ -4,12 +4,12 @@ interrupted goes on from there, as if it had not been.
 """
 
 import errno
-import glob
 import json
 import os
 import platform
 import subprocess
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from support.files import atomic_write, load_torch, lock, writing
 from support.values import log_files, read_log, write_log
 
 FORMAT = 1  # of ckpt.pt; those without a number are of the code before it was written, and read the same
-CHECKPOINT = ("model", "optimizer", "model_args", "iter_num", "position", "negative", "knobs", "fingerprint")
+WEIGHTS = ("model", "model_args")  # what there is in nanoGPT's too
+CHECKPOINT = (*WEIGHTS, "optimizer", "iter_num", "position", "negative", "knobs", "fingerprint")
 CHECKPOINT += ("metrics_bytes", "order", "val_gradients", "val_sets")
 
 # what may change between the start of a run and its resumption, because the numbers do not depend on it
 FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
 FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name", "process_timeout"}
+FREE_KNOBS |= {"dataset", "filter_from", "filter_column"}  # the corpus and the order are compared, not their names
 
 
 class RunFolder:
@@ -65,35 +67,29 @@ class RunFolder:
         """
         knobs = self.knobs
         if not self.resumed:
-            weights = ("model", "model_args")
             is_file = knobs.init_from.endswith(".pt")
-            return load_torch(knobs.init_from, weights, "give another --init_from") if is_file else None
+            return load_torch(knobs.init_from, WEIGHTS, "give another --init_from") if is_file else None
         mend = "start the run with --init_from=scratch, in another --out_dir if this one holds one"
         found = load_torch(self.ckpt_path, CHECKPOINT, mend)
         if found.get("format", 0) > FORMAT:
             mend = "resume it with the code that wrote it"
             raise UserError(f"{self.ckpt_path}: its format is {found['format']}, this code knows {FORMAT}; {mend}")
-        if found["fingerprint"] != self.identity["fingerprint"]:
-            mend = "choose another --out_dir or --dataset"
-            raise UserError(f"{self.ckpt_path}: trained on another corpus than --dataset={knobs.dataset}; {mend}")
-        sets = self.identity["val_sets"]
-        changed = [name for name in sets if found["val_sets"].get(name, sets[name]) != sets[name]]
-        if changed:
-            which = f"{', '.join(changed)} is another corpus than {self.ckpt_path} began with"
-            raise UserError(f"--val_sets={knobs.val_sets}: {which}; bring it back, or train anew in another --out_dir")
         then, now = found["knobs"], asdict(knobs)
         for key, (default, why) in REMOVED.items():
             if then.get(key, default) != default:
                 raise UserError(f"{self.ckpt_path}: its run has {key} = {then[key]}, a knob that is gone: {why}")
+        if list(found["val_sets"]) == list(self.identity["val_sets"]):  # the same names, as 'other/' and 'other' are
+            now["val_sets"] = then["val_sets"]
         for key in now:
             if key not in FREE_KNOBS and then.get(key) != now[key]:
                 mend = f"resume with --{key}={then.get(key)}"
                 raise UserError(f"{self.ckpt_path}: its run has {key} = {then.get(key)}, not {now[key]}; {mend}")
-        if found["order"] != self.identity["order"]:
-            mend = "bring its values.npz back, or train anew in another --out_dir"
-            raise UserError(
-                f"--filter_from={knobs.filter_from}: other windows than {self.ckpt_path} began with; {mend}"
-            )
+        same = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"))
+        same["order"] = "filter_from", "windows"
+        for key, (flag, what) in same.items():
+            if found[key] != self.identity[key]:
+                mend = "bring the old ones back, or train anew in another --out_dir"
+                raise UserError(f"--{flag}={now[flag]}: not the {what} that {self.ckpt_path} began with; {mend}")
         knobs.init_from = then["init_from"]  # what config.json shall go on saying
         return found
 
@@ -105,19 +101,16 @@ class RunFolder:
         self.ranks.barrier()  # all have seen the folder as it was
         if self.ranks.rank > 0:
             return
-        for path in glob.glob(os.path.join(glob.escape(self.path), "**", "*.tmp"), recursive=True):
-            os.remove(path)
         found, said = os.path.getsize(self.metrics_path), checkpoint["metrics_bytes"]
         if found < said:
             what = f"truncated, {found:,} bytes of {said:,}"
             raise UserError(f"{self.metrics_path}: {what}; train anew in another --out_dir")
         os.truncate(self.metrics_path, said)
-        iter_num, values_path = checkpoint["iter_num"], os.path.join(self.path, "values.npz")
-        later = [path for n, path in log_files(self.path).items() if n > iter_num]
-        if iter_num < self.knobs.max_iters and os.path.exists(values_path):
-            later.append(values_path)
-        for path in later:
-            os.remove(path)
+        iter_num, folder = checkpoint["iter_num"], Path(self.path)
+        later = [Path(path) for n, path in log_files(self.path).items() if n > iter_num]
+        later += folder.glob("values.npz") if iter_num < self.knobs.max_iters else ()
+        for path in (*later, *folder.rglob("*.tmp")):
+            path.unlink()
         if self.knobs.score and iter_num:  # damage is better known now than at the end
             reached = int(read_log(self.path)["iter"][-1]) + 1
             if reached != iter_num:

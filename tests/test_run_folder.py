@@ -293,14 +293,14 @@ def test_files_that_do_not_belong_together_are_refused(home, finished):  # noqa:
     refused(f"{SCORED} --out_dir=out/x --init_from=resume", "metrics.jsonl: truncated, 10 bytes of")
     with open("out/x/config.json", "w", encoding="utf-8") as file:
         file.write('{"knobs": 3}')
-    refused(f"{SCORED} --filter_from=out/x --out_dir=out/y", "out/x/config.json: missing or damaged")
+    refused(f"{SCORED} --filter_from=out/x --out_dir=out/y", "out/x/config.json: damaged")
     shutil.copy(finished / "run/config.json", "out/x/config.json")
     np.savez("out/x/values.npz", sample_id=np.array([10**6]), value=np.ones(1), visits=np.ones(1, dtype=np.int64))
     refused(f"{SCORED} --filter_from=out/x --out_dir=out/y", "out/x/values.npz: has windows that the corpus has not")
     log = torch.load("out/x/dot_prod/dot_prod_log_iter_8.pt", weights_only=True)
     log["dot_product"] = log["dot_product"][:, :2]
     torch.save(log, "out/x/dot_prod/dot_prod_log_iter_8.pt")
-    with pytest.raises(UserError, match="dot_prod_log_iter_8.pt: not a dot-product log"):
+    with pytest.raises(UserError, match="dot_prod_log_iter_8.pt: damaged"):
         read_log("out/x")
 
 
@@ -313,10 +313,31 @@ def test_a_filter_that_has_changed_is_noticed(home, finished):  # noqa: F811
     call(train.main, flags)
     value[1] = -1.0
     np.savez("out/scored/values.npz", sample_id=sample_id, value=value, visits=visits)
-    refused(f"{flags} --max_iters=12 --init_from=resume", "--filter_from=out/scored: other windows than out/x/ckpt.pt")
+    refused(f"{flags} --max_iters=12 --init_from=resume", "--filter_from=out/scored: not the windows that out/x")
     value[1] = 1.0
     np.savez("out/scored/values.npz", sample_id=sample_id, value=value, visits=visits)
     call(train.main, f"{flags} --max_iters=12 --init_from=resume")
+
+
+def test_a_filter_and_corpora_are_known_by_what_they_are_and_not_by_their_paths(home, finished):  # noqa: F811
+    shutil.copytree(finished / "run", "out/scored")
+    shutil.copytree("data/tiny", "data/other")
+    flags = f"{TINY} --val_sets=other --lr_decay_iters=16 --out_dir=out/x"
+    call(train.main, f"{flags} --filter_from=out/scored")
+    shutil.move("out/scored", "elsewhere")
+    shutil.copytree("data", "corpora")
+    os.rename("corpora/tiny", "corpora/renamed")
+    elsewhere = "--data_dir=corpora --dataset=renamed --val_sets=./other/"
+    flags = f"{TINY} --lr_decay_iters=16 --out_dir=out/x --init_from=resume --max_iters=12"
+    refused(f"{flags} {elsewhere} --filter_from={finished}/none", "none/values.npz: no such file")
+    refused(f"{flags} {elsewhere}", "--filter_from=: not the windows that out/x/ckpt.pt began with")
+    refused(
+        f"{flags} --val_sets=all --filter_from=elsewhere", "val_sets = other, not all; resume with --val_sets=other"
+    )
+    call(train.main, f"{flags} {elsewhere} --filter_from=elsewhere/. --filter_column=all:adam")
+    call(train.main, f"{TINY} --lr_decay_iters=16 --val_sets=other --filter_from=elsewhere --out_dir=y --max_iters=12")
+    x, y = ([line for line in metrics(run) if "test_loss" in line] for run in ("out/x", "y"))
+    assert x == y and len(x) == 4
 
 
 def test_a_damaged_log_is_noticed_when_a_run_is_resumed(home, finished):  # noqa: F811
