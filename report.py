@@ -5,6 +5,7 @@ Runs of train.py -> a table and figures: what a filter saved, and what the value
     python report.py out/baseline out/control out/filtered           # and what the filter saved against the control
     python report.py out/control_s* out/filtered_s*                  # runs that differ only in their seed: averaged
     python report.py out/a out/b --reference=out/b --target_loss=3.2 --out=out/report --json
+    python report.py out/baseline --export=valued.jsonl              # its windows as text, which a filter keeps
 
 The reference is the control, which draws from the scored windows and rejects none; without a control it is the first
 run. Its final test loss is the target. A run reaches the target at its first evaluation at or below it, interpolated
@@ -14,17 +15,22 @@ iterations of the run that scored the windows are not counted.
 """
 
 import argparse
+import codecs
 import json
 import os
 import re
+import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 
 from support.configurator import UserError
 from support.corpus import get_tokenizer, load_meta, open_split, window_domains
+from support.export import export, read_column
 from support.figures import number, printable, write_figures
+from support.files import atomic_write
 from support.run_folder import FREE_KNOBS
 from support.values import load_values, read_log
 
@@ -41,6 +47,7 @@ class Run:
     losses: np.ndarray  # (e,) test losses, nats per token
     lines: list  # the training lines of metrics.jsonl
     has_values: bool
+    bits_per_byte: float | None  # of the last evaluation; runs of older code do not tell it
 
     @property
     def arm(self):
@@ -56,8 +63,9 @@ def read_run(folder, test_set="all"):
     """
     config_path, metrics_path = os.path.join(folder, "config.json"), os.path.join(folder, "metrics.jsonl")
     mend = f"go on with it, python train.py ... --init_from=resume --out_dir={folder}, or train it anew"
-    losses, lines, where = {}, [], config_path
-    key = "test_loss" if test_set == "all" else f"test_loss_{test_set}"
+    losses, lines, bits_per_byte, where = {}, [], None, config_path
+    of_set = "" if test_set == "all" else f"_{test_set}"
+    key = f"test_loss{of_set}"
     try:
         with open(config_path, encoding="utf-8") as file:
             config = json.load(file)
@@ -68,6 +76,7 @@ def read_run(folder, test_set="all"):
                 line = json.loads(text)
                 if key in line:
                     losses[int(line["iter"])] = float(line[key])
+                    bits_per_byte = line.get(f"test_bpb{of_set}")
                 elif "test_loss" not in line:
                     lines.append(line | {"step_ms": line["step_ms"] - line.get("val_ms", 0)})
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -80,7 +89,7 @@ def read_run(folder, test_set="all"):
         raise UserError(f"{metrics_path}: {len(lines)} training lines and no evaluation with a {key}; {mend}")
     iters, losses = np.array(list(losses)), np.array(list(losses.values()))
     has_values = knobs["score"] and os.path.isfile(os.path.join(folder, "values.npz"))
-    return Run(folder, config, knobs, iters, losses, lines, has_values)
+    return Run(folder, config, knobs, iters, losses, lines, has_values, bits_per_byte)
 
 
 def group_key(config):
@@ -150,6 +159,7 @@ def compare(groups, reference, target_loss=None):
             iterations, whole = (first_crossing(one.iters, one.losses, target) for one in (run, theirs))
             saved = 1 - iterations / whole if iterations is not None and whole else None
             found = dict(target=target, iterations=iterations, saved=saved, final_loss=run.losses[-1])
+            found["bits_per_byte"] = run.bits_per_byte
             found["negative_windows"] = np.mean(load_values(run.folder)[1] < 0) if run.has_values else None
             for key, name in dict(step_ms="step_ms", validation_ms="val_ms").items():
                 times = [line[name] for line in run.lines if name in line]
@@ -163,14 +173,16 @@ def compare(groups, reference, target_loss=None):
 
 def table(rows, loss, goal):
     """The rows as a Markdown table. `loss` and `goal` are the names of the test loss and of the target."""
-    lines = [["run", "seeds", f"iterations to the {goal}", "saved", f"final {loss}", "negative windows"]]
-    lines[0] += ["eligible / scored / corpus windows", "touchable draws", "step, ms", "validation pass, ms"]
+    lines = [["run", "seeds", f"iterations to the {goal}", "saved", f"final {loss}", "bits per byte"]]
+    lines[0] += ["negative windows", "eligible / scored / corpus windows", "touchable draws", "step, ms"]
+    lines[0] += ["validation pass, ms"]
     for row in rows:
         each, cover = row["iterations"]["each"], row["coverage"]
         some = f" ({len(each) - each.count(None)} of {len(each)} did)" if len(each) > 1 else ""
         saved = "reference" if row["reference"] else number(row["saved"], ".1%")
         line = [row["name"], str(len(each)), number(row["iterations"], ",.0f", "not reached" + some), saved]
-        line += [number(row["final_loss"], ".4f", "nan"), number(row["negative_windows"], ".1%")]
+        line += [number(row["final_loss"], ".4f", "nan"), number(row["bits_per_byte"], ".4f")]
+        line += [number(row["negative_windows"], ".1%")]
         counts = "{eligible:,} / {scored:,} / {corpus:,}"
         line += [counts.format(**cover), f"{cover['touchable']:.0%}"] if cover else ["–", "–"]
         lines.append([*line, number(row["step_ms"], ".1f"), number(row["validation_ms"], ".1f")])
@@ -196,11 +208,12 @@ def remarks(rows):
 
 def read_scored(run):
     """
-    What the figures show of a scored run: value (n,) and the log; where its corpus is on this machine, also domains
-    (names), domain (n,) and the windows `highest` and `lowest` as (heading, text). Raises UserError for another corpus.
+    What figures and export show of a scored run: sample_id, value, visits (n,) and the log; where its corpus is on this
+    machine, also its tokens, encoding, documents, domains (names), domain (n,), and the windows `highest` and `lowest`
+    as (heading, text). Raises UserError for another corpus.
     """
     sample_id, value, visits = load_values(run.folder)
-    scored = dict(value=value, log=read_log(run.folder))
+    scored = dict(sample_id=sample_id, value=value, visits=visits, log=read_log(run.folder))
     folder, T = os.path.join(run.knobs["data_dir"], run.knobs["dataset"]), run.knobs["block_size"]
     if not os.path.isdir(folder):
         return scored
@@ -208,7 +221,10 @@ def read_scored(run):
     if meta["fingerprint"] != run.config["fingerprint"]:
         raise UserError(f"{folder}: not the corpus that {run.folder} was trained on; prepare that one again")
     tokens, encoding = open_split(folder, "train", meta), get_tokenizer(meta["tokenizer"])
-    scored |= dict(domains=meta["domains"], domain=window_domains(folder, "train", sample_id, T, meta))
+    pieces = np.array_split(sample_id, len(value) // 2**20 + 1)  # so that memory does not grow with the windows
+    domain = np.concatenate([window_domains(folder, "train", ids, T, meta) for ids in pieces])
+    scored |= dict(tokens=tokens, encoding=encoding, domains=meta["domains"], domain=domain)
+    scored["documents"] = np.load(os.path.join(folder, "train_docs.npy"), mmap_mode="r")
     order = np.argsort(value, kind="stable")
     for side, chosen in dict(highest=order[::-1][:5], lowest=order[:5]).items():
         scored[side] = []
@@ -216,7 +232,7 @@ def read_scored(run):
             nats = f"{value[i]:+.2e} nats in {visits[i]} visit{'s' * int(visits[i] != 1)}".replace("-", "−")
             heading = f"{nats}, window {sample_id[i]}, {meta['domains'][scored['domain'][i]]}"
             text = encoding.decode_bytes(window).decode("utf-8", errors="backslashreplace")
-            scored[side].append((heading, printable(text)))
+            scored[side].append((printable(heading), printable(text)))
     return scored
 
 
@@ -228,7 +244,12 @@ def main(argv=None):
     parser.add_argument("--reference", metavar="RUN", help="default: the control among the runs, or the first run")
     parser.add_argument("--out", default="out/report", metavar="FOLDER", help="for the figures; default: out/report")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the table")
+    parser.add_argument("--export", metavar="FILE", help="write the scored windows to a .jsonl or .parquet file")
+    parser.add_argument("--export_by", choices=["window", "document"], default="window", help="the rows of --export")
+    parser.add_argument("--filter_column", default="", metavar="NAME", help="--export goes by another column of values")
     args = parser.parse_args(argv)
+    if args.export and (not args.export.endswith((".jsonl", ".parquet")) or os.path.isdir(args.export)):
+        raise UserError(f"--export={args.export}: expected a file whose name ends in .jsonl or .parquet")
     runs = {os.path.realpath(folder): read_run(folder, args.test_set) for folder in args.runs}
     first = next(iter(runs.values()))
     for run in runs.values():
@@ -253,7 +274,16 @@ def main(argv=None):
         notes.append(f"Values in the figures: {run.folder}, column {scored['log']['directions'][0]}.")
     if scored and "domain" not in scored:
         notes.append(f"The corpus {run.knobs['dataset']} is not here, so there are no domains and no windows as text.")
-    files = write_figures(args.out, rows, loss, goal, scored)
+    if args.export and "domain" not in scored:
+        raise UserError(f"--export={args.export}: {notes[-1]}")
+    exported = scored | read_column(run.folder, args.filter_column) if args.export else {}
+    # opened first, so that nothing is written where the export cannot be
+    with atomic_write(args.export) if args.export else nullcontext() as file:
+        files = write_figures(args.out, rows, loss, goal, scored)
+        if args.export:
+            files["export"] = args.export
+            count, kept = export(file, args.export, args.export_by, exported, run.knobs["block_size"])
+            notes.append(f"Export: {args.export}, {count:,} {args.export_by}s of {run.folder}, {kept:,} of them kept.")
     if args.json:
         shown = [{key: value for key, value in row.items() if key != "runs"} for row in rows]
         print(json.dumps(dict(rows=shown, notes=notes, files=files), indent=1, allow_nan=False))
@@ -261,5 +291,14 @@ def main(argv=None):
         print(table(rows, loss, goal), "", *notes, f"Figures: {args.out}", sep="\n")
 
 
+def stand_in(error):
+    """For a stream whose encoding lacks a character: an ASCII one, or its escape."""
+    stand_ins = {"–": "-", "−": "-", "±": "+-"}
+    lacking = error.object[error.start : error.end]
+    return "".join(stand_ins.get(c, c.encode("unicode_escape").decode()) for c in lacking), error.end
+
+
 if __name__ == "__main__":
+    codecs.register_error("stand_in", stand_in)
+    sys.stdout.reconfigure(errors="stand_in")
     main()

@@ -1,14 +1,19 @@
 """The drawing of report.py. `rows` are those that its compare returns, `scored` is what its read_scored returns."""
 
+import fcntl
+import functools
+import io
+import logging
 import os
-import textwrap
+import unicodedata
 
 import numpy as np
-from matplotlib import font_manager, rc_context
+from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.figure import Figure
 
 from support.files import atomic_write
 
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it warns of a font without a regular weight
 RC = {"font.size": 8.5, "legend.fontsize": 8, "legend.frameon": False, "hatch.linewidth": 0.6, "savefig.dpi": 200}
 RC |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}  # a $ is a dollar
 RC |= {"axes.formatter.useoffset": False, "figure.constrained_layout.h_pad": 0.08}
@@ -27,12 +32,44 @@ def number(cell, form, absent="–"):
     return f"{cell['mean']:{form}}{sd}".replace("% ±", " ±").replace("-", "−")
 
 
-def printable(text):
-    """The text on one line: a line end is ↵; what does not print or is not in the font is an escape."""
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))
-    text = text.replace("\r\n", "↵").replace("\n", "↵")
-    drawn = (c.isprintable() and font.get_char_index(ord(c)) for c in text)
-    return "".join(c if ok else c.encode("unicode_escape").decode() for c, ok in zip(text, drawn, strict=True))
+@functools.cache
+def has_glyph(family, c):
+    return font_manager.get_font(font_manager.findfont(family)).get_char_index(ord(c)) > 0
+
+
+def printable(text, families=()):
+    """
+    The text on one line: a line end is ↵, and what does not print is an escape. If it is drawn, with fonts of these
+    `families`, so is what they lack, and a fourth accent on one letter.
+    """
+    shown, marks = "", 0
+    for c in text.replace("\r\n", "↵").replace("\n", "↵"):
+        marks = marks + 1 if unicodedata.category(c) == "Mn" else 0
+        # isprintable is False for spaces of other scripts and for the joiners that Hindi and emoji are spelt with
+        prints = c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d"
+        drawn = not families or (marks < 4 and any(has_glyph(family, c) for family in families))
+        shown += c if prints and drawn else c.encode("unicode_escape").decode()
+    return shown
+
+
+def families_for(text):
+    """DejaVu Sans, and other fonts of this system that have what it lacks of `text`."""
+    families, missing = ["DejaVu Sans"], {c for c in printable(text) if not has_glyph("DejaVu Sans", c)}
+    installed = set(font_manager.get_font_names()) - {"Last Resort High-Efficiency"}  # a box for every character
+    for family in sorted(installed):
+        drawn = {c for c in missing if has_glyph(family, c)}
+        families += [family] if drawn else []
+        missing -= drawn
+    return families
+
+
+def shorten(text, columns, rows):
+    """The text as it is drawn, in rows of so many cells: a character that DejaVu Sans Mono lacks takes two."""
+    drawn = printable(text[: 5 * columns * rows], rcParams["font.family"])
+    cells = "".join(c if has_glyph("DejaVu Sans Mono", c) else c + "\0" for c in " ".join(drawn.split()))
+    if len(cells) > columns * rows:
+        cells = cells[: columns * rows - 1] + "…"
+    return "\n".join(cells[i : i + columns] for i in range(0, len(cells), columns)).replace("\0", "")
 
 
 def draw_loss(ax, rows, loss, goal):
@@ -50,10 +87,10 @@ def draw_loss(ax, rows, loss, goal):
             color, dashes, marker = COMPARED[marked.index(row) % len(COMPARED)]
             label += f": saving {number(row['saved'], '.1%')}"
         look = dict(color=color, linestyle=dashes, marker=marker, ms=3.5, markevery=max(1, len(iters) // 12))
-        ax.plot(iters, mean, label=label, **look)
+        ax.plot(iters, mean, label=printable(label, rcParams["font.family"]), **look)
         ax.fill_between(iters, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
         # the steep fall of the first iterations would leave no room for the rest: it is cut off
-        low, high = np.fmin(low, np.nanmin(mean)), np.fmax(high, np.interp(0.15 * iters[-1], iters, mean))
+        low, high = np.fmin(low, np.fmin.reduce(mean)), np.fmax(high, np.interp(0.15 * iters[-1], iters, mean))
     ax.axhline(target, label=f"{goal}: {target:.3f}", **DOTTED)
     step = max(high - low, 1e-6) / 14
     for row in marked:
@@ -86,8 +123,8 @@ def draw_domains(ax, value, domain, names):
     """Boxes of the values (n,) in the 14 largest domains, fewest negative ones on top; domain (n,) indexes names."""
     present, sizes = np.unique(domain, return_counts=True)
     largest = present[np.argsort(-sizes)[:14]]
-    parts = sorted([(value[domain == d], printable(names[d])) for d in largest], key=lambda part: -(part[0] < 0).mean())
-    labels = [f"{name if len(name) < 22 else name[:20] + '…'}\n{(v < 0).mean():.0%} of {len(v):,}" for v, name in parts]
+    parts = sorted([(value[domain == d], names[d]) for d in largest], key=lambda part: -(part[0] < 0).mean())
+    labels = [f"{shorten(name, 22, 1)}\n{(v < 0).mean():.0%} of {len(v):,}" for v, name in parts]
     look = dict(patch_artist=True, boxprops=POSITIVE, medianprops=dict(color="black", linewidth=1.5), showfliers=False)
     ax.boxplot([1e6 * v for v, _ in parts], tick_labels=labels, orientation="horizontal", whis=(5, 95), **look)
     ax.axvline(0, color="black", linewidth=1)
@@ -109,47 +146,58 @@ def draw_over_run(share_ax, value_ax, log):
     value_ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98), borderpad=0)
 
 
-def draw_windows(ax, highest, lowest, columns=90, lines=2):
-    """The windows of highest value on the left, of lowest on the right: heading and first lines; blanks become one."""
+def draw_windows(ax, highest, lowest):
+    """The windows of highest value on the left, of lowest on the right: a heading and two lines of each."""
+    mono = ["DejaVu Sans Mono", *rcParams["font.family"]]
     ax.axis("off")
-    ax.set(ylim=(1 + len(highest) * (lines + 1.6), 0), xlim=(0, 1))
+    ax.set(ylim=(1 + len(highest) * 3.6, 0), xlim=(0, 1))
     for x, title, side in ((0, "Highest values", highest), (0.51, "Lowest values", lowest)):
-        ax.text(x, 0, title, fontweight="bold", va="center")
+        ax.text(x, 0, title, fontweight="bold", va="center", family="DejaVu Sans")
         for place, (heading, text) in enumerate(side):
-            y = 1.6 + place * (lines + 1.6)
-            ax.text(x, y, printable(heading), fontsize=7.5, va="center", color="0.25")
-            rows = textwrap.wrap(" ".join(text.split()), columns, max_lines=lines, placeholder="…")
-            ax.text(x, y + 0.5, "\n".join(rows), fontsize=6.2, family="DejaVu Sans Mono", va="top", linespacing=1.6)
+            y = 1.6 + place * 3.6
+            ax.text(x, y, shorten(heading, 80, 1), fontsize=7.5, va="center", color="0.25")
+            ax.text(x, y + 0.5, shorten(text, 90, 2), fontsize=6.2, family=mono, va="top", linespacing=1.6)
 
 
-@rc_context(RC)
 def write_figures(out, rows, loss, goal, scored):
     """Write loss.png and, of a `scored` run, values.png, report.png and windows.txt to `out`: {name: path}."""
-    corpus = "domain" in scored
-    panels = {"loss.png": [["loss"]]}
+    sides = {side: scored[side] for side in ("highest", "lowest") if side in scored}
+    panels, made = {"loss.png": [["loss"]]}, {}
     if scored:
-        panels["values.png"] = [[name] + ["domains"] * corpus for name in ("histogram", "share", "quantiles")]
-        panels["report.png"] = [["loss", "histogram"]] + [["windows", "windows"]] * corpus
+        panels["values.png"] = [[name] + ["domains"] * bool(sides) for name in ("histogram", "share", "quantiles")]
+        panels["report.png"] = [["loss", "histogram"]] + [["windows", "windows"]] * bool(sides)
     heights = {"loss": 3.9, "histogram": 3.0, "share": 1.1, "quantiles": 1.9, "windows": 3.0}  # inches
-    for name, mosaic in panels.items():
-        height = [heights[row[0]] for row in mosaic]
-        fig = Figure(figsize=(5.1 * len(mosaic[0]), sum(height)), layout="constrained")
-        axes = fig.subplot_mosaic(mosaic, height_ratios=height)
-        if "loss" in axes:
-            draw_loss(axes["loss"], rows, loss, goal)
-        if "histogram" in axes:
-            draw_histogram(axes["histogram"], scored["value"])
-        if "share" in axes:
-            draw_over_run(axes["share"], axes["quantiles"], scored["log"])
-        if "domains" in axes:
-            draw_domains(axes["domains"], scored["value"], scored["domain"], scored["domains"])
-        if "windows" in axes:
-            draw_windows(axes["windows"], scored["highest"], scored["lowest"])
-        with atomic_write(os.path.join(out, name)) as file:
-            fig.savefig(file, format="png")
-    if corpus:
-        with atomic_write(os.path.join(out, "windows.txt")) as file:
-            for side in ("highest", "lowest"):
-                text = "\n\n".join(f"{heading}\n    {text}" for heading, text in scored[side])
-                file.write(f"{side.title()} values\n\n{text}\n\n".replace("↵", "↵\n    ").encode())
-    return {name: os.path.join(out, name) for name in [*panels, *["windows.txt"] * corpus]}
+    names = [loss, goal, *(row["name"] for row in rows), *scored.get("domains", [])]
+    texts = [text for side in sides.values() for window in side for text in window]
+    with rc_context(RC | {"font.family": families_for("".join(names + texts))}):
+        loss, goal = (printable(text, rcParams["font.family"]) for text in (loss, goal))
+        for name, mosaic in panels.items():
+            height = [heights[row[0]] for row in mosaic]
+            fig = Figure(figsize=(5.1 * len(mosaic[0]), sum(height)), layout="constrained")
+            axes = fig.subplot_mosaic(mosaic, height_ratios=height)
+            if "loss" in axes:
+                draw_loss(axes["loss"], rows, loss, goal)
+            if "histogram" in axes:
+                draw_histogram(axes["histogram"], scored["value"])
+            if "share" in axes:
+                draw_over_run(axes["share"], axes["quantiles"], scored["log"])
+            if "domains" in axes:
+                draw_domains(axes["domains"], scored["value"], scored["domain"], scored["domains"])
+            if "windows" in axes:
+                draw_windows(axes["windows"], **sides)
+            picture = io.BytesIO()
+            fig.savefig(picture, format="png")
+            made[name] = picture.getvalue()
+    if sides:
+        text = ""
+        for side, windows in sides.items():
+            body = "\n\n".join(f"{heading}\n    {window}" for heading, window in windows)
+            text += f"{side.title()} values\n\n{body}\n\n"
+        made["windows.txt"] = text.replace("↵", "↵\n    ").encode()
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, ".lock"), "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # reports that write here at the same time follow each other, each whole
+        for name, content in made.items():
+            with atomic_write(os.path.join(out, name)) as file:
+                file.write(content)
+    return {name: os.path.join(out, name) for name in made}

@@ -37,7 +37,7 @@ def atomic_write(path):
     Yields a binary file under a temporary name; synced and renamed to `path` when the block ends without an error. Its
     folder is made. Raises UserError where the system refuses to write it; `path` is then as it was.
     """
-    folder, temporary = os.path.dirname(path) or ".", f"{path}.tmp"
+    folder, temporary = os.path.dirname(path) or ".", f"{path}.{os.getpid()}.tmp"
     try:
         with writing(path):
             os.makedirs(folder, exist_ok=True)
