@@ -41,7 +41,7 @@ from tqdm import tqdm
 from support.configurator import UserError, configure
 from support.corpus import DOCUMENT, PAGE, SPLITS, checksum_of, get_tokenizer, is_nanogpt, sha256_of
 from support.files import atomic_write, lock
-from support.sources import KINDS, MARKS, documents_of, kind_of
+from support.sources import KINDS, MARKS, documents_of, kind_of, paths_of
 
 
 @dataclass
@@ -297,6 +297,9 @@ def main():
     if taken_over := is_nanogpt(knobs.source):
         pieces = nanogpt_pieces(tokenizer, knobs)
     else:
+        kinds = Counter(kind_of(path)[0] for path in paths_of(knobs))
+        if kinds.total() > 1:
+            print(f"reading {', '.join(f'{n:,} {kind} files' for kind, n in kinds.most_common())}")
         pieces = encoded(by_chance(documents_of(knobs), knobs), tokenizer, knobs, counts)
     first = next(pieces, None)  # so that a source that cannot be read fails before anything is written
     if first is None:

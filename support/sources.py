@@ -24,9 +24,8 @@ from support.files import writing
 PLAIN = (".txt", ".md")
 KINDS = (".parquet", ".jsonl", ".json", ".csv", *PLAIN)  # of files
 PACKED = (".gz", ".xz", ".zst")
-# what stands between two documents of plain text
-MARKS = dict(file=None, line=r"\r?\n", blank_line=r"\r?\n(?:[ \t]*\r?\n)+")
-MARKS["<|endoftext|>"] = r"(?:\r?\n)*<\|endoftext\|>"
+# what stands between two documents of plain text, beside the newlines around it
+MARKS = {"file": None, "line": r"\n", "blank_line": r"\n(?:[ \t]*\r?\n)+", "<|endoftext|>": r"<\|endoftext\|>"}
 # GPT-2's pattern crosses from no other character to a space: a text that is cut there has the tokens of the whole
 BEFORE_SPACE = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
@@ -115,6 +114,7 @@ def plain_documents(file, marks, characters=2**18):
     while more := file.read(characters):
         *documents, text = re.split(marks, text + more) if marks else [text + more]
         for document in documents:
+            document = document.rstrip("\r\n")
             yield document if domain is None else document.lstrip("\r\n"), domain
             domain = "all"
         text = text.lstrip("\r\n") if marks and domain else text
@@ -149,7 +149,7 @@ def row_documents(rows, where, knobs):
         text, domain = found["text_field"], found.get("domain_field", "all")
         if text is not None and not isinstance(text, str):
             raise UserError(f"--text_field={knobs.text_field}: {where}, row {i:,} has {text!r:.80} there, not text")
-        yield text or "", "none" if domain is None else str(domain)
+        yield text or "", "none" if domain in (None, "") else str(domain)
 
 
 def parquet_rows(path, knobs):
@@ -178,14 +178,14 @@ def json_rows(file):
 
 def hub_rows(knobs):
     """The rows of a data set of the library `datasets`, of which nothing but the text and the domain is kept."""
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     # the copy of a local folder that `datasets` has made may be an old one, so such a folder is read as it is
     streaming = knobs.max_tokens > 0 or os.path.isdir(knobs.source)
     options = dict(streaming=True) if streaming else dict(num_proc=knobs.num_proc)
     try:
+        import datasets
+
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         with writing(f"HF_HOME={datasets.config.HF_CACHE_HOME}"):
             data = datasets.load_dataset(knobs.source, knobs.config or None, split=knobs.split, **options)
         columns = {field.split(".")[0] for field in (knobs.text_field, knobs.domain_field) if field}
@@ -196,7 +196,12 @@ def hub_rows(knobs):
     except Exception as error:  # of many types: no network, no such data set, a damaged file
         cause = error.__cause__ or error
         what = f"could not be read as text by the library datasets ({type(cause).__name__}: {cause})"
-        mend = "; choose one with --config=<name>" if "onfig" in what else ""
+        mends = {
+            "Config name|BuilderConfig": "choose one with --config=<name>",
+            "disk space": "set HF_HOME to a folder with more room, or take its beginning with --max_tokens",
+            "column|CastError|JSON parse": "download its files, which --source='<folder>/*.jsonl' reads row by row",
+        }
+        mend = next((f"; {mend}" for found, mend in mends.items() if re.search(found, what)), "")
         raise UserError(f"--source={knobs.source}: {what}{mend}") from error
 
 

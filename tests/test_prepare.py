@@ -111,7 +111,7 @@ def test_minipile_has_the_tokens_that_its_readme_says(tmp_path, monkeypatch, gpt
     assert sum(split["tokens"] for split in meta["splits"].values()) == 7_799_627 + 3_078
 
 
-def test_parquet_and_text_files_and_globs(tmp_path, monkeypatch):
+def test_parquet_and_text_files_and_globs(tmp_path, monkeypatch, capsys):
     for i, part in enumerate((TEXTS[:100], TEXTS[100:])):
         parquet.write_table(pa.table({"body": part}), f"{tmp_path}/part{i}.parquet")
     flags = ["--tokenizer=bytes", f"--data_dir={tmp_path}"]
@@ -120,8 +120,11 @@ def test_parquet_and_text_files_and_globs(tmp_path, monkeypatch):
     for i, text in enumerate(TEXTS[:30]):
         (tmp_path / f"{i}.txt").write_text(text + "\n\nend", encoding="utf-8")
     halves = ["--val_fraction=0.3", "--test_fraction=0.3"]
-    prepare(monkeypatch, f"--source={tmp_path}/*.txt", "--name=txt", *flags, *halves)
-    assert set(documents_of(f"{tmp_path}/txt")) == {text + "\n\nend" for text in TEXTS[:30]}
+    (tmp_path / "note.md").write_text("a note")
+    capsys.readouterr()
+    prepare(monkeypatch, f"--source={tmp_path}/*.txt,{tmp_path}/note.md", "--name=txt", *flags, *halves)
+    assert capsys.readouterr().out.startswith("reading 30 .txt files, 1 .md files\n")
+    assert set(documents_of(f"{tmp_path}/txt")) == {"a note", *(text + "\n\nend" for text in TEXTS[:30])}
 
 
 def test_the_embedded_corpus(tmp_path, monkeypatch, capsys):
@@ -487,7 +490,7 @@ def test_rows_without_text_are_left_out_and_counted(jsonl, tmp_path, monkeypatch
 def test_a_second_preparation_of_one_folder_is_refused(jsonl, tmp_path, monkeypatch):
     flags = [f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
     slow = (
-        "import prepare_owt, time; e = prepare_owt.encode; prepare_owt.encode = lambda *a: (time.sleep(0.02), e(*a))[1]"
+        "import prepare_owt, time; e = prepare_owt.encode; prepare_owt.encode = lambda *a: (time.sleep(0.01), e(*a))[1]"
     )
     run = subprocess.Popen([sys.executable, "-c", f"{slow}; prepare_owt.main()", *flags, "--num_proc=1"], cwd=ROOT)
     while run.poll() is None and not os.path.exists(f"{tmp_path}/texts/train.bin.tmp"):
@@ -582,11 +585,11 @@ def test_what_is_wrong_with_a_corpus_of_nanogpt_is_named(nanogpt, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
-def test_memory_stays_flat_and_the_speed_is_that_of_a_bare_loop(tokenizer, tmp_path, request):
+@pytest.mark.parametrize("tokenizer, kind", [("bytes", "jsonl"), ("gpt2", "jsonl"), ("bytes", "txt")])
+def test_memory_stays_flat_and_the_speed_is_that_of_a_bare_loop(tokenizer, kind, tmp_path, request):
     """
-    The embedded corpus repeated to 100 MB and to 1 GB: peak anonymous memory (the mapped Arrow file is the system's to
-    drop) and, printed with -s, MB/s on one core beside a bare loop over tiktoken's encode_ordinary_batch.
+    The embedded corpus repeated to 100 MB and to 1 GB, in rows or as one text, which is encoded twice: peak anonymous
+    memory and, printed with -s, MB/s on one core beside a bare loop over tiktoken's encode_ordinary_batch.
     """
     if tokenizer == "gpt2":
         request.getfixturevalue("gpt2")
@@ -597,14 +600,14 @@ def test_memory_stays_flat_and_the_speed_is_that_of_a_bare_loop(tokenizer, tmp_p
         encoding.encode_ordinary_batch(texts[i : i + 64], num_threads=1)
     bare = sum(map(len, texts)) / 1e6 / (time.perf_counter() - start)
     for megabytes in (100, 1000):
-        source = tmp_path / f"{megabytes}.jsonl"
+        source = tmp_path / f"{megabytes}.{kind}"
         with open(source, "w", encoding="utf-8") as file:
             for i in range(megabytes * 10**6 // (sum(map(len, texts)) // len(texts))):
-                file.write(json.dumps({"text": texts[i % len(texts)]}) + "\n")
+                text = texts[i % len(texts)].encode("utf-8", "replace").decode()
+                file.write(json.dumps({"text": text}) + "\n" if kind == "jsonl" else text)
         flags = [f"--source={source}", f"--tokenizer={tokenizer}", f"--data_dir={tmp_path}", "--num_proc=1"]
-        cache = os.environ | {"HF_DATASETS_CACHE": f"{tmp_path}/cache"}
         start, peak = time.perf_counter(), 0
-        run = subprocess.Popen([sys.executable, f"{ROOT}/prepare_owt.py", *flags], env=cache, stdout=subprocess.DEVNULL)
+        run = subprocess.Popen([sys.executable, f"{ROOT}/prepare_owt.py", *flags], stdout=subprocess.DEVNULL)
         while run.poll() is None:
             with open(f"/proc/{run.pid}/status", encoding="utf-8") as file:
                 peak = max([peak, *(int(line.split()[1]) for line in file if line.startswith("RssAnon"))])

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import re
+import tracemalloc
 
 import pyarrow as pa
 import pytest
@@ -15,19 +16,14 @@ from pyarrow import parquet
 from test_prepare import SHARED, TEXTS
 
 from prepare_owt import Knobs
+from support.carry import whole
 from support.corpus import get_tokenizer
 from support.sources import BEFORE_SPACE, MARKS, documents_of, plain_documents
 
 
 def read(source, **knobs):
     """[(text, domain)] of a source, the pieces of a document put together."""
-    found = []
-    for text, domain in documents_of(Knobs(str(source), name="x", **knobs)):
-        if domain is None:
-            found[-1][0] += text
-        else:
-            found.append([text, domain])
-    return [tuple(document) for document in found]
+    return list(whole(documents_of(Knobs(str(source), name="x", **knobs))))
 
 
 def write_lines(path, rows):
@@ -46,6 +42,7 @@ def gpt2():
 @pytest.fixture
 def hub_folder(tmp_path):
     """A data set as the hub has them, with two configurations."""
+    pytest.importorskip("datasets")
     folder = tmp_path / "set"
     for config in "ab":
         (folder / config).mkdir(parents=True)
@@ -112,7 +109,7 @@ def test_csv_columns_are_named_by_its_header(tmp_path):
     long = "x" * 300_000
     lines = f'id,text,of\n1,"a ""quoted""\ntext, of two lines",d\n2,{long},\n3,,e\n4\n5,123,f,beyond\n'
     (tmp_path / "a.csv").write_text(lines)
-    expected = [('a "quoted"\ntext, of two lines', "d"), (long, ""), ("", "e"), ("", "none"), ("123", "f")]
+    expected = [('a "quoted"\ntext, of two lines', "d"), (long, "none"), ("", "e"), ("", "none"), ("123", "f")]
     assert read(tmp_path / "a.csv", domain_field="of") == expected
     with pytest.raises(
         SystemExit, match="--text_field=body: .*a.csv, row 1 has no such field; there are: id, text, of"
@@ -190,6 +187,19 @@ def test_pieces_have_gpt2_s_tokens_of_the_whole(gpt2, text):
         rest = rest[found.end() :]
     tokens = [token for piece in [*pieces, rest] for token in gpt2.encode_ordinary(piece)]
     assert tokens == gpt2.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("how", MARKS)
+@pytest.mark.parametrize("line", ["a line " * 20 + "\r\n", "words without a line ", "\u6f22\u5b57"])
+def test_the_memory_of_a_long_text_is_that_of_its_pieces(line, how, tmp_path):
+    (tmp_path / "a.txt").write_bytes((line * (12 * 2**20 // len(line.encode()))).encode())
+    knobs, size = Knobs(str(tmp_path / "a.txt"), split_documents=how), 0
+    tracemalloc.start()
+    for text, _ in documents_of(knobs):
+        size += len(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 4e6 and peak < 7e6  # of two bytes a character in the last case
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,8 +305,27 @@ def test_a_hub_s_data_set_is_streamed_where_little_of_it_is_wanted(hub_folder, m
     assert asked == [False, True]
 
 
+@pytest.mark.parametrize(
+    "error, mend",
+    [
+        (OSError("Not enough disk space. Needed: 50 GB"), "set HF_HOME to a folder with more room, or .* --max_tokens"),
+        (ValueError("Couldn't cast a because column names don't match"), "--source='<folder>/.*' reads row by row"),
+        (ConnectionError("no route"), "ConnectionError: no route.$"),
+    ],
+)
+def test_what_the_library_finds_comes_with_a_mend(error, mend, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def fails(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(SystemExit, match=f"--source=some/set: could not be read .*{mend}"):
+        read("some/set")
+
+
 def test_a_full_disk_under_hf_home_is_named(monkeypatch):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     def full(*arguments, **options):
         try:
