@@ -24,7 +24,7 @@ def pack(source, domain_field, folder):
     knobs = prepare_owt.Knobs(source, domain_field="" if source == "python" else domain_field)
     os.makedirs(folder, exist_ok=True)
     schema, path = pa.schema(dict(text=pa.string(), domain=pa.string())), f"{folder}/corpus.parquet"
-    documents = prepare_owt.documents_of(knobs)
+    documents = whole(prepare_owt.documents_of(knobs))
     # pages as large as a row group, since each is compressed by itself
     options = dict(compression="zstd", compression_level=12, use_dictionary=["domain"], data_page_size=2**28)
     with parquet.ParquetWriter(f"{path}.tmp", schema, **options) as file:
@@ -44,6 +44,19 @@ def pack(source, domain_field, folder):
         sizes = f"{carried / 2**20:.1f} MiB there and {tree / 2**20:.1f} MiB of the tree"
         raise UserError(f"{folder}: {sizes} are more than {MOST // 2**20} MiB together; take a smaller SOURCE")
     return tree, carried
+
+
+def whole(documents):
+    """The documents, of which long ones come in pieces, put together."""
+    pieces, of = [], None
+    for text, domain in documents:
+        if domain is not None and pieces:
+            yield "".join(pieces), of
+            pieces = []
+        pieces.append(text)
+        of = of if domain is None else domain
+    if pieces:
+        yield "".join(pieces), of
 
 
 def bytes_of(folder, without):

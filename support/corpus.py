@@ -34,13 +34,23 @@ def get_tokenizer(name):
         raise UserError(f"GPT-2's BPE files could not be fetched ({type(error).__name__}); {mend}") from error
 
 
+def is_nanogpt(folder):
+    """Whether a folder has nanoGPT's train.bin and val.bin, and is no corpus of prepare_owt.py."""
+    names = ("train.bin", "val.bin", "train_docs.npy", "meta.json")
+    return [os.path.isfile(os.path.join(folder, name)) for name in names] == [True, True, False, False]
+
+
 def load_meta(folder):
     """meta.json of a corpus as a dict. Raises UserError where it is missing, damaged or of another kind."""
     path = os.path.join(folder, "meta.json")
     name = os.path.basename(os.path.normpath(folder))
     if not os.path.isfile(path):
         flags = {"openwebtext": "", "python": " --source=python"}.get(name, f" --name={name} --source=<...>")
-        raise UserError(f"{path}: no such file, so there is no whole corpus; make it with python prepare_owt.py{flags}")
+        flags = f" --source={folder} --name={name}_with_test" if is_nanogpt(folder) else flags
+        data_dir = os.path.dirname(os.path.normpath(folder))
+        flags += f" --data_dir={data_dir}" if data_dir != "data" else ""
+        found = "as in nanoGPT; take it over" if is_nanogpt(folder) else "so there is no whole corpus; make it"
+        raise UserError(f"{path}: no such file, {found} with python prepare_owt.py{flags}")
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)

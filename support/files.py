@@ -85,11 +85,14 @@ def load_torch(path, keys, mend):
     return loaded
 
 
-def lock(file, path):
-    """Keep `file` to this process for as long as it is open; raises UserError where another one has it."""
+def lock(file, path, who="a run", flag="out_dir"):
+    """
+    Keep `file` to this process for as long as it is open. Raises UserError where another process has it: `who` is
+    writing to `path`, which `flag` may change.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path}: a run is writing there now; wait for its end or choose another --out_dir") from None
+        raise UserError(f"{path}: {who} is writing there now; wait for its end or choose another --{flag}") from None
     except OSError as error:
-        raise UserError(f"{path}: no locks on its file system ({error.strerror}); choose another --out_dir") from error
+        raise UserError(f"{path}: no locks on its file system ({error.strerror}); choose another --{flag}") from error

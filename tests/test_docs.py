@@ -16,6 +16,7 @@ import prepare_owt
 import report
 import train
 from model import GPT, GPTConfig
+from support import sources
 
 DOCS = sorted(f"docs/{name}" for name in os.listdir(f"{ROOT}/docs"))
 PAGES = ["README.md", *DOCS]
@@ -98,7 +99,7 @@ def test_the_commands_run(page, home, monkeypatch, one_thread):  # noqa: F811
     os.symlink(f"{ROOT}/config", "config")
     texts = {"text": ["a text of some words"] * 100, "domain": ["words"] * 100}
     datasets.Dataset.from_dict(texts).to_parquet("texts/a.parquet")
-    monkeypatch.setattr(prepare_owt, "python_documents", lambda: zip(texts["text"], texts["domain"], strict=True))
+    monkeypatch.setattr(sources, "python_documents", lambda: zip(texts["text"], texts["domain"], strict=True))
     # bench.py measures memory in processes of its own, which test_bench.py tests
     monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout="1")))
     for command in commands(page):

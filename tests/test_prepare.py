@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 import prepare_owt
 from prepare_owt import SPLITS, encode
+from support import sources
 from support.corpus import DOCUMENT, checksum_of, get_tokenizer, load_meta, open_split, window_domains
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -110,7 +111,7 @@ def test_minipile_has_the_tokens_that_its_readme_says(tmp_path, monkeypatch, gpt
     assert sum(split["tokens"] for split in meta["splits"].values()) == 7_799_627 + 3_078
 
 
-def test_parquet_and_text_files_and_globs(tmp_path, monkeypatch):
+def test_parquet_and_text_files_and_globs(tmp_path, monkeypatch, capsys):
     for i, part in enumerate((TEXTS[:100], TEXTS[100:])):
         parquet.write_table(pa.table({"body": part}), f"{tmp_path}/part{i}.parquet")
     flags = ["--tokenizer=bytes", f"--data_dir={tmp_path}"]
@@ -119,57 +120,11 @@ def test_parquet_and_text_files_and_globs(tmp_path, monkeypatch):
     for i, text in enumerate(TEXTS[:30]):
         (tmp_path / f"{i}.txt").write_text(text + "\n\nend", encoding="utf-8")
     halves = ["--val_fraction=0.3", "--test_fraction=0.3"]
-    prepare(monkeypatch, f"--source={tmp_path}/*.txt", "--name=txt", *flags, *halves)
-    assert set(documents_of(f"{tmp_path}/txt")) == {text + "\n\nend" for text in TEXTS[:30]}
-
-
-@pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
-)
-def test_parquet_text_of_every_kind_with_nested_domains(kind, tmp_path):
-    text = pa.array(TEXTS).cast(kind) if kind != pa.string_view() else pa.array(TEXTS, kind)
-    domains = pa.array(
-        [{"set": {"name": None if i % 5 == 0 else i % 3, "n": i}} if i % 7 else None for i in range(200)]
-    )
-    table = pa.table({"id": list(range(200)), "text": text, "meta": domains})
-    parquet.write_table(table, f"{tmp_path}/a.parquet", row_group_size=60)
-    knobs = prepare_owt.Knobs(f"{tmp_path}/a.parquet", domain_field="meta.set.name")
-    expected = [str(i % 3) if i % 5 and i % 7 else "none" for i in range(200)]
-    assert list(prepare_owt.documents_of(knobs)) == list(zip(TEXTS, expected, strict=True))
-
-
-def test_of_rows_nothing_but_the_text_and_the_domain_is_read(tmp_path):
-    """Fields that come, go and change their type further down or in another file."""
-    rows = [[dict(text="a", meta=dict(id=1), d=None), dict(text=None, meta=dict(id="1"), extra=[1])]]
-    rows.append([dict(d="x", text="b", id=[{}]), dict(text="c", d=3)])
-    for i, lines in enumerate(rows):
-        with open(f"{tmp_path}/{i}.jsonl", "w", encoding="utf-8-sig" if i else "utf-8") as file:
-            file.writelines(json.dumps(line) + "\n\n" for line in lines)
-    knobs = prepare_owt.Knobs(f"{tmp_path}/*.jsonl", name="x", domain_field="d")
-    assert list(prepare_owt.documents_of(knobs)) == [("a", "none"), ("", "none"), ("b", "x"), ("c", "3")]
-    with open(f"{tmp_path}/list.json", "w", encoding="utf-8") as file:
-        json.dump(rows[0], file)
-    knobs = prepare_owt.Knobs(f"{tmp_path}/list.json", domain_field="d")
-    assert list(prepare_owt.documents_of(knobs)) == [("a", "none"), ("", "none")]
-    parquet.write_table(pa.table({"text": ["a"], "n": [1]}), f"{tmp_path}/0.parquet")
-    parquet.write_table(pa.table({"more": [[1]], "text": ["b"]}), f"{tmp_path}/1.parquet")
-    knobs = prepare_owt.Knobs(f"{tmp_path}/*.parquet", name="x")
-    assert list(prepare_owt.documents_of(knobs)) == [("a", "all"), ("b", "all")]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ('{"txt": "b"}', "--text_field=text: .*a.jsonl, row 2 has no such field; there are: txt"),
-        ('{"text": ["b"]}', "--text_field=text: .*a.jsonl, row 2 has .'b'. there, not text"),
-        ('"b"', "--text_field=text: .*a.jsonl, row 2 has no such field; there are: none"),
-        ('{"text": "b', "--source=.*a.jsonl: could not be read as text .JSONDecodeError"),
-    ],
-)
-def test_a_row_that_is_wrong_is_named(line, message, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line + "\n")
-    with pytest.raises(SystemExit, match=message):
-        list(prepare_owt.documents_of(prepare_owt.Knobs(f"{tmp_path}/a.jsonl")))
+    (tmp_path / "note.md").write_text("a note")
+    capsys.readouterr()
+    prepare(monkeypatch, f"--source={tmp_path}/*.txt,{tmp_path}/note.md", "--name=txt", *flags, *halves)
+    assert capsys.readouterr().out.startswith("reading 30 .txt files, 1 .md files\n")
+    assert set(documents_of(f"{tmp_path}/txt")) == {"a note", *(text + "\n\nend" for text in TEXTS[:30])}
 
 
 def test_the_embedded_corpus(tmp_path, monkeypatch, capsys):
@@ -188,16 +143,16 @@ def test_the_embedded_corpus(tmp_path, monkeypatch, capsys):
 def test_the_short_cut_for_bytes_gives_the_encoding_s_tokens(text):
     tokenizer = get_tokenizer("bytes")
     tokens, damaged = encode(tokenizer, text)
-    assert tokens.dtype == np.dtype("<u2") and tokens.tolist() == [*tokenizer.encode_ordinary(text), 256]
+    assert tokens.dtype == np.dtype("<u2") and tokens.tolist() == tokenizer.encode_ordinary(text)
     assert damaged == any("\ud800" <= character <= "\udfff" for character in text)
-    assert damaged or tokenizer.decode(tokens[:-1].tolist()) == text
+    assert damaged or tokenizer.decode(tokens.tolist()) == text
 
 
 def test_text_that_is_not_unicode_is_replaced_and_counted(tmp_path, monkeypatch, capsys):
     (tmp_path / "stdlib").mkdir()
     for i in range(60):
         (tmp_path / "stdlib" / f"m{i:02}.py").write_bytes(b"# caf\xe9 %d" % i if i < 3 else b"# module %d" % i)
-    monkeypatch.setattr(prepare_owt.sysconfig, "get_path", lambda name: str(tmp_path / "stdlib"))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "stdlib"))
     prepare(monkeypatch, "--source=python", f"--data_dir={tmp_path}")
     assert "3 documents had text that is not Unicode" in capsys.readouterr().out
     assert "# caf\ufffd 0" in documents_of(f"{tmp_path}/python")
@@ -206,7 +161,7 @@ def test_text_that_is_not_unicode_is_replaced_and_counted(tmp_path, monkeypatch,
 def test_lone_surrogates_with_the_gpt2_tokenizer(gpt2):
     tokenizer = get_tokenizer("gpt2")
     tokens, damaged = encode(tokenizer, "a\udce9b <|endoftext|>")
-    assert damaged and tokenizer.decode(tokens[:-1].tolist()) == "a\ufffdb <|endoftext|>"
+    assert damaged and tokenizer.decode(tokens.tolist()) == "a\ufffdb <|endoftext|>"
 
 
 @settings(max_examples=100, deadline=None)
@@ -261,7 +216,8 @@ def test_a_killed_preparation_leaves_no_corpus(jsonl, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no whole corpus; make it with python prepare_owt.py"):
         load_meta(f"{tmp_path}/texts")
     prepare(monkeypatch, *flags)
-    files = sorted([f"{split}{end}" for split in SPLITS for end in (".bin", ".crc", "_docs.npy")] + ["meta.json"])
+    files = [f"{split}{end}" for split in SPLITS for end in (".bin", ".crc", "_docs.npy")]
+    files = sorted([*files, "meta.json", ".lock"])
     assert sorted(os.listdir(f"{tmp_path}/texts")) == files
     found = documents_of(f"{tmp_path}/texts")
     killed()  # before any file was replaced: the corpus that stood there is whole
@@ -338,6 +294,9 @@ def test_a_document_without_a_domain_is_told_apart(tmp_path, monkeypatch):
         ("Skylion007/openwebtext", "openwebtext"),
         ("org/wiki.v1.2", "wiki.v1.2"),
         ("a/b.jsonl", "b"),
+        ("a/b.jsonl.zst", "b"),
+        ("a/texts/", "texts"),
+        ("a/my [v2]*/texts", "texts"),
         ("python", "python"),
     ],
 )
@@ -367,13 +326,16 @@ def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path, monkeypatch):
         (["--text_field=n"], "--text_field=n: .*not text"),
         (["--domain_field=meta.name"], "--domain_field=meta.name: .*there are: set"),
         (["--source=nothing/*.txt", "--name=x"], "nothing/.*: no such file"),
+        (["--source=a.txt,b.txt"], "give the corpus a name, --name="),
+        (["--split_documents=word"], "--split_documents=word: expected file, line, blank_line, <.endoftext.>"),
+        (["--max_tokens=-1"], "--max_tokens=-1: expected"),
         (["--source=nothing.jsonl"], "nothing.jsonl: no such file"),
         (["--source=nothing/*", "--name=x"], "nothing/.*: no such file"),
         (["--source=a/*.parquet"], "give the corpus a name, --name="),
         (["--tokenizer=gpt3"], "--tokenizer=gpt3: expected gpt2 or bytes"),
         (["--val_fraction=0.0"], "--val_fraction=0.0 .*above 0"),
         (["--val_fraction=0.6", "--test_fraction=0.6"], "leave something to train on"),
-        (["--val_fraction=1e-9"], "fell into val; change --val_fraction"),
+        (["--val_fraction=1e-9"], "fell into val; change --val_fraction or take more text"),
         (["--num_proc=0"], "--num_proc=0"),
         (["--sauce=x"], "did you mean 'source'"),
     ],
@@ -399,7 +361,7 @@ def test_sources_without_text(tmp_path, monkeypatch):
         ("broken.parquet", "could not be read"),
         ("latin.txt", "could not be read as text"),
         ("latin.parquet", "latin.parquet: could not be read as text .UnicodeDecodeError"),
-        ("notes.pdf", "expected .parquet, .jsonl or .txt, found '.pdf'"),
+        ("notes.pdf", "notes.pdf: expected .parquet, .jsonl, .json"),
     ):
         with pytest.raises(SystemExit, match=message):
             prepare(monkeypatch, f"--source={tmp_path}/{name}", *flags)
@@ -430,30 +392,222 @@ def test_readers_name_what_is_wrong(jsonl, tmp_path, monkeypatch):
             load_meta(str(folder))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Few documents, long ones, and no text
+
+
+def by_split(documents):
+    """{split: its texts}, of what documents_of gives."""
+    return {split: [text for text, (side, _) in documents.items() if side == split] for split in SPLITS}
+
+
+def texts_of(folder):
+    """{split: its text, without the end-of-text tokens}."""
+    meta = load_meta(folder)
+    tokenizer, texts = get_tokenizer(meta["tokenizer"]), {}
+    for split in SPLITS:
+        tokens = np.fromfile(f"{folder}/{split}.bin", dtype="<u2")
+        texts[split] = tokenizer.decode(tokens[tokens != meta["eot_token"]].tolist())
+    return texts
+
+
+def test_one_text_file_is_cut_by_position_at_line_ends(tmp_path, monkeypatch, capsys):
+    text = "".join(f"line {i} of the play\n" for i in range(3000))
+    (tmp_path / "input.txt").write_text(text)
+    prepare(monkeypatch, f"--source={tmp_path}/input.txt", "--tokenizer=bytes", f"--data_dir={tmp_path}/data")
+    said = capsys.readouterr().out
+    assert "none of the 1 documents fell into val: the text is cut by position at line ends" in said
+    texts = texts_of(f"{tmp_path}/data/input")
+    assert "".join(texts.values()) == text and all(part.endswith("\n") for part in texts.values())
+    for split, share in dict(train=0.9, val=0.05, test=0.05).items():
+        assert abs(len(texts[split]) - share * len(text)) < 50
+    assert len(documents_of(f"{tmp_path}/data/input")) == 3
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_documents_of_one_line_are_cut_where_the_edge_is(n, tmp_path, monkeypatch):
+    rows = [dict(text=f"{i} " + "word " * 100, of=f"d{i}") for i in range(n)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--source={tmp_path}/a.jsonl", "--tokenizer=bytes", f"--data_dir={tmp_path}", "--domain_field=of"]
+    prepare(monkeypatch, *flags, "--val_fraction=0.2", "--test_fraction=0.2")
+    assert "".join(texts_of(f"{tmp_path}/a").values()) == "".join(row["text"] for row in rows)
+    found = documents_of(f"{tmp_path}/a")
+    assert all(text in rows[int(domain[1:])]["text"] for text, (_, domain) in found.items())
+    assert [split for split, _ in found.values()] == sorted([split for split, _ in found.values()], key=SPLITS.index)
+
+
+def test_a_long_document_among_others_stays_one(tmp_path, monkeypatch):
+    long = "".join(f"line {i}\n" for i in range(100_000))
+    (tmp_path / "long.md").write_text(long)
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    for threads in (1, 3):
+        flags = [f"--num_proc={threads}", f"--data_dir={tmp_path}/data{threads}", "--name=x", "--tokenizer=bytes"]
+        prepare(monkeypatch, f"--source={tmp_path}/*.txt,{tmp_path}/*.md", *flags)
+        found = documents_of(f"{tmp_path}/data{threads}/x")
+        assert set(found) == {long, *(f"text {i}" for i in range(60))}
+
+
+def test_the_cut_follows_what_max_tokens_leaves(tmp_path, monkeypatch):
+    text = "".join(f"line {i} of the play\n" for i in range(50_000))
+    (tmp_path / "input.txt").write_text(text)
+    flags = ["--tokenizer=bytes", f"--data_dir={tmp_path}", "--max_tokens=10000"]
+    prepare(monkeypatch, f"--source={tmp_path}/input.txt", *flags)
+    texts = texts_of(f"{tmp_path}/input")
+    assert text.startswith("".join(texts.values())) and 9900 < sum(map(len, texts.values())) <= 10_000
+    assert all(400 < len(texts[split]) < 600 for split in ("val", "test"))
+
+
+@pytest.mark.parametrize("most", [3000, 5000, 10**9])
+def test_max_tokens_ends_the_corpus_early(most, jsonl, tmp_path, monkeypatch):
+    prepare(monkeypatch, f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}", f"--max_tokens={most}")
+    meta, found = load_meta(f"{tmp_path}/texts"), documents_of(f"{tmp_path}/texts")
+    total = sum(split["tokens"] for split in meta["splits"].values())
+    whole = sum(len(text.encode()) + 1 for text in TEXTS)
+    assert total == whole if most > whole else most - 1 <= total <= most
+    cut = [text for text in found if text not in TEXTS]
+    assert set(found) == {*TEXTS[: len(found) - len(cut)], *cut} and len(cut) <= 1
+    assert all(TEXTS[len(found) - 1].startswith(text) for text in cut)
+
+
+def test_rows_without_text_are_left_out_and_counted(jsonl, tmp_path, monkeypatch, capsys):
+    flags = ["--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    prepare(monkeypatch, f"--source={jsonl}", *flags)
+    assert "no text" not in capsys.readouterr().out
+    with open(jsonl, encoding="utf-8") as whole, open(tmp_path / "some.jsonl", "w", encoding="utf-8") as some:
+        some.write('{"text": ""}\n{"text": null}\n')
+        for line in whole:
+            some.write(line + '{"text": null}\n')
+    prepare(monkeypatch, f"--source={tmp_path}/some.jsonl", *flags)
+    assert "202 documents had no text and were left out" in capsys.readouterr().out
+    assert documents_of(f"{tmp_path}/some") == documents_of(f"{tmp_path}/texts")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def test_a_second_preparation_of_one_folder_is_refused(jsonl, tmp_path, monkeypatch):
+    flags = [f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    slow = (
+        "import prepare_owt, time; e = prepare_owt.encode; prepare_owt.encode = lambda *a: (time.sleep(0.01), e(*a))[1]"
+    )
+    run = subprocess.Popen([sys.executable, "-c", f"{slow}; prepare_owt.main()", *flags, "--num_proc=1"], cwd=ROOT)
+    while run.poll() is None and not os.path.exists(f"{tmp_path}/texts/train.bin.tmp"):
+        time.sleep(0.01)
+    before = os.listdir(f"{tmp_path}/texts")
+    with pytest.raises(SystemExit, match="texts: a preparation is writing there now; .*choose another --name"):
+        prepare(monkeypatch, *flags, "--seed=1")
+    assert run.poll() is None and os.listdir(f"{tmp_path}/texts") == before
+    assert (
+        run.wait() == 0
+        and load_meta(f"{tmp_path}/texts")["seed"] == 0
+        and len(documents_of(f"{tmp_path}/texts")) == 200
+    )
+
+
+def test_a_data_dir_that_cannot_be_written_is_named(jsonl, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder in (f"{tmp_path}/file", f"{tmp_path}/file/data", "/proc/data", "/dev/null"):
+        with pytest.raises(
+            SystemExit, match=f"--data_dir={folder}: .*cannot be written .*name another folder"
+        ) as error:
+            prepare(monkeypatch, f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={folder}")
+        assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A corpus of nanoGPT
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+    """A folder as nanoGPT's prepare.py leaves it, with bytes for tokens: (folder, train documents, val documents)."""
+    folder = tmp_path / "nano" / "owt"
+    folder.mkdir(parents=True)
+    documents = [f"document {i} of nanoGPT\n" * (1 + i % 5) for i in range(60)]
+    for name, part in (("train", documents[:40]), ("val", documents[40:])):
+        np.array([t for text in part for t in [*text.encode(), 256]], dtype=np.uint16).tofile(folder / f"{name}.bin")
+    return folder, documents[:40], documents[40:]
+
+
+def test_a_corpus_of_nanogpt_is_taken_over(nanogpt, tmp_path, monkeypatch):
+    folder, train, val = nanogpt
+    flags = [f"--source={folder}", "--tokenizer=bytes", f"--data_dir={tmp_path}/data"]
+    prepare(monkeypatch, *flags)
+    meta, found = load_meta(f"{tmp_path}/data/owt"), by_split(documents_of(f"{tmp_path}/data/owt"))
+    assert found["train"] == train and found["val"] + found["test"] == val
+    assert 8 <= len(found["test"]) <= 12 and meta["domains"] == ["all"]
+    assert digest(folder / "train.bin") == digest(f"{tmp_path}/data/owt/train.bin")
+    kept = [np.fromfile(f"{tmp_path}/data/owt/{split}.bin", "<u2") for split in ("val", "test")]
+    assert np.array_equal(np.concatenate(kept), np.fromfile(folder / "val.bin", "<u2"))
+    assert sorted(os.listdir(folder)) == ["train.bin", "val.bin"]
+
+
+def test_a_corpus_of_nanogpt_without_end_of_text_tokens(nanogpt, tmp_path, monkeypatch):
+    """Its Shakespeare is one stream; read in pieces, the tokens are the same."""
+    folder, train, val = nanogpt
+    for name, part in (("train", train), ("val", val)):
+        np.frombuffer("".join(part).encode(), np.uint8).astype(np.uint16).tofile(folder / f"{name}.bin")
+    prepare(monkeypatch, f"--source={folder}", "--tokenizer=bytes", f"--data_dir={tmp_path}", "--test_fraction=0.15")
+    texts = texts_of(f"{tmp_path}/owt")
+    assert texts["train"] == "".join(train) and texts["val"] + texts["test"] == "".join(val)
+    assert len(texts["val"]) == len("".join(val)) // 4
+    assert [part["documents"] for part in load_meta(f"{tmp_path}/owt")["splits"].values()] == [1, 1, 1]
+
+
+def test_what_is_wrong_with_a_corpus_of_nanogpt_is_named(nanogpt, tmp_path, monkeypatch):
+    folder, _, _ = nanogpt
+    flags = [f"--source={folder}", "--tokenizer=bytes", f"--data_dir={tmp_path}/data"]
+    command = f"python prepare_owt.py --source={folder} --name=owt_with_test --data_dir={tmp_path}/nano"
+    with pytest.raises(SystemExit, match=f"meta.json: no such file, as in nanoGPT; take it over with {command}"):
+        load_meta(str(folder))
+    before = {name: digest(folder / name) for name in os.listdir(folder)}
+    for more, message in (
+        (
+            [f"--data_dir={tmp_path}/nano"],
+            "nano/owt: holds a corpus of nanoGPT, which would be lost; take another --name",
+        ),
+        (["--max_tokens=5"], "--max_tokens=5: .*is taken over whole; leave it out"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            prepare(monkeypatch, *flags, *more)
+    np.array([300] * 100, dtype=np.uint16).tofile(folder / "val.bin")
+    with pytest.raises(SystemExit, match="--tokenizer=bytes: .*val.bin has token 300, bytes has 257 tokens"):
+        prepare(monkeypatch, *flags)
+    (folder / "val.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match="fell into val; change --val_fraction or take more text"):
+        prepare(monkeypatch, *flags)
+    (folder / "meta.pkl").write_bytes(b"never unpickled")
+    with pytest.raises(SystemExit, match="meta.pkl: the tokens are characters.*--source=.*input.txt --tokenizer=bytes"):
+        prepare(monkeypatch, *flags)
+    assert before["train.bin"] == digest(folder / "train.bin") and not os.path.exists(f"{tmp_path}/data/owt/meta.json")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
-def test_memory_stays_flat_and_the_speed_is_that_of_a_bare_loop(tokenizer, tmp_path, request):
+@pytest.mark.parametrize("tokenizer, kind", [("bytes", "jsonl"), ("gpt2", "jsonl"), ("bytes", "txt")])
+def test_memory_stays_flat_and_the_speed_is_that_of_a_bare_loop(tokenizer, kind, tmp_path, request):
     """
-    The embedded corpus repeated to 100 MB and to 1 GB: peak anonymous memory (the mapped Arrow file is the system's to
-    drop) and, printed with -s, MB/s on one core beside a bare loop over tiktoken's encode_ordinary_batch.
+    The embedded corpus repeated to 100 MB and to 1 GB, in rows or as one text, which is encoded twice: peak anonymous
+    memory and, printed with -s, MB/s on one core beside a bare loop over tiktoken's encode_ordinary_batch.
     """
     if tokenizer == "gpt2":
         request.getfixturevalue("gpt2")
-    texts = [text for text, _ in prepare_owt.python_documents()]
+    texts = [text for text, _ in sources.python_documents()]
     encoding, peaks, seconds = get_tokenizer(tokenizer), [], []
     start = time.perf_counter()
     for i in range(0, len(texts), 64):
         encoding.encode_ordinary_batch(texts[i : i + 64], num_threads=1)
     bare = sum(map(len, texts)) / 1e6 / (time.perf_counter() - start)
     for megabytes in (100, 1000):
-        source = tmp_path / f"{megabytes}.jsonl"
+        source = tmp_path / f"{megabytes}.{kind}"
         with open(source, "w", encoding="utf-8") as file:
             for i in range(megabytes * 10**6 // (sum(map(len, texts)) // len(texts))):
-                file.write(json.dumps({"text": texts[i % len(texts)]}) + "\n")
+                text = texts[i % len(texts)].encode("utf-8", "replace").decode()
+                file.write(json.dumps({"text": text}) + "\n" if kind == "jsonl" else text)
         flags = [f"--source={source}", f"--tokenizer={tokenizer}", f"--data_dir={tmp_path}", "--num_proc=1"]
-        cache = os.environ | {"HF_DATASETS_CACHE": f"{tmp_path}/cache"}
         start, peak = time.perf_counter(), 0
-        run = subprocess.Popen([sys.executable, f"{ROOT}/prepare_owt.py", *flags], env=cache, stdout=subprocess.DEVNULL)
+        run = subprocess.Popen([sys.executable, f"{ROOT}/prepare_owt.py", *flags], stdout=subprocess.DEVNULL)
         while run.poll() is None:
             with open(f"/proc/{run.pid}/status", encoding="utf-8") as file:
                 peak = max([peak, *(int(line.split()[1]) for line in file if line.startswith("RssAnon"))])

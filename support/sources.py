@@ -1,0 +1,235 @@
+"""
+Text as people have it: documents from files, from the library `datasets` and from this Python, as (text, domain).
+
+A long plain text comes in pieces; the domain of all but the first is None.
+"""
+
+import csv
+import glob
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import pathlib
+import re
+import sys
+import sysconfig
+from collections import Counter
+
+from support.configurator import UserError
+from support.files import writing
+
+PLAIN = (".txt", ".md")
+KINDS = (".parquet", ".jsonl", ".json", ".csv", *PLAIN)  # of files
+PACKED = (".gz", ".xz", ".zst")
+# what stands between two documents of plain text, beside the newlines around it
+MARKS = {"file": None, "line": r"\n", "blank_line": r"\n(?:[ \t]*\r?\n)+", "<|endoftext|>": r"<\|endoftext\|>"}
+# GPT-2's pattern crosses from no other character to a space: a text that is cut there has the tokens of the whole
+BEFORE_SPACE = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
+
+
+def documents_of(knobs):
+    """
+    The documents of knobs.source: of the embedded corpus, of files or of the library `datasets`. Raises UserError
+    naming the file that cannot be read or lacks a field.
+    """
+    if knobs.source == "python":
+        yield from python_documents()
+        return
+    paths = paths_of(knobs)
+    if knobs.split_documents != "file" and not any(kind_of(path)[0] in PLAIN for path in paths):
+        raise UserError(f"--split_documents={knobs.split_documents}: {knobs.source} is no plain text; leave it out")
+    if knobs.config and paths:
+        raise UserError(f"--config={knobs.config}: {knobs.source} has no configurations; leave it out")
+    if not paths:
+        yield from row_documents(hub_rows(knobs), knobs.source, knobs)
+    for path in paths:
+        try:
+            yield from file_documents(path, knobs)
+        except Exception as error:  # damaged files raise all kinds
+            raise UserError(f"--source={path}: could not be read as text ({type(error).__name__}: {error})") from error
+
+
+def paths_of(knobs):
+    """The files that knobs.source names, none where it is a data set for the library `datasets`."""
+    paths = []
+    for part in [knobs.source] if os.path.exists(knobs.source) else knobs.source.split(","):
+        found = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
+        if not found:
+            if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", knobs.source) and kind_of(part)[0] not in KINDS:
+                return []
+            raise UserError(f"--source={part}: no such file")
+        for path in found:
+            below = [path]
+            if os.path.isdir(path):
+                card = pathlib.Path(path, "README.md")
+                if knobs.config or (card.is_file() and "\nconfigs:\n" in card.read_text(errors="replace")):
+                    return []  # it describes configurations, as the hub's data sets do
+                below = sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))
+                below = [name for name in below if kind_of(name)[0] in KINDS and os.path.isfile(name)]
+            if not below or kind_of(below[0])[0] not in KINDS:
+                raise UserError(f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
+            paths += below
+    return list(dict.fromkeys(paths))
+
+
+def kind_of(path):
+    """The ending of a file's name and that of its compression: ('.jsonl', '.gz') of a.jsonl.gz."""
+    base, last = os.path.splitext(path.lower())
+    inner = os.path.splitext(base)[1]
+    return (inner, last) if last in PACKED and inner != ".parquet" else (last, "")
+
+
+def file_documents(path, knobs):
+    kind, packed = kind_of(path)
+    if kind == ".parquet":
+        yield from row_documents(parquet_rows(path, knobs), path, knobs)
+        return
+    with io.TextIOWrapper(opened(path, packed), encoding="utf-8-sig", newline="") as file:
+        if kind in PLAIN:
+            yield from plain_documents(file, MARKS[knobs.split_documents])
+        else:
+            csv.field_size_limit(2**31 - 1)
+            rows = csv.DictReader(file, restkey="", strict=True) if kind == ".csv" else json_rows(file)
+            yield from row_documents(rows, path, knobs)
+
+
+def opened(path, packed):
+    if packed == ".zst":
+        import pyarrow  # comes with `datasets`
+
+        return pyarrow.input_stream(path, compression="zstd")
+    return {"": open, ".gz": gzip.open, ".xz": lzma.open}[packed](path, "rb")
+
+
+def plain_documents(file, marks, characters=2**18):
+    """
+    The documents of a plain text, the domain 'all'. `marks` is a pattern of what stands between two of them, None where
+    the file is one. A document of more than `characters` comes in pieces, cut before a space, or anywhere in a text
+    without spaces, where GPT-2's tokens at the cut may be others than those of the whole.
+    """
+    text, domain = "", "all"
+    while more := file.read(characters):
+        *documents, text = re.split(marks, text + more) if marks else [text + more]
+        for document in documents:
+            document = document.rstrip("\r\n")
+            yield document if domain is None else document.lstrip("\r\n"), domain
+            domain = "all"
+        text = text.lstrip("\r\n") if marks and domain else text
+        if len(text) >= characters:
+            found = BEFORE_SPACE.match(text)
+            cut = found.end() if found else len(text) - len("<|endoftext|>")  # which may have begun
+            yield text[:cut], domain
+            text, domain = text[cut:], None
+    text = text.rstrip("\r\n") if marks else text
+    if text or not marks:
+        yield text, domain
+
+
+def row_documents(rows, where, knobs):
+    """
+    The documents of rows, dicts that may hold dicts. No text is an empty one, no domain is 'none'. Raises UserError
+    where a row has no text field, where it holds no text, and where the first row has no domain field.
+    """
+    fields = dict(text_field=knobs.text_field) | (dict(domain_field=knobs.domain_field) if knobs.domain_field else {})
+    for i, row in enumerate(rows, 1):
+        found = {}
+        for flag, field in fields.items():
+            value = row
+            for part in field.split("."):
+                missing = not isinstance(value, dict) or part not in value
+                if missing and value is not None and (i == 1 or flag == "text_field"):
+                    names = ", ".join(value) if isinstance(value, dict) else "none"
+                    what = f"{where}, row {i:,} has no such field; there are: {names:.500}"
+                    raise UserError(f"--{flag}={field}: {what}")
+                value = None if missing else value[part]
+            found[flag] = value
+        text, domain = found["text_field"], found.get("domain_field", "all")
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"--text_field={knobs.text_field}: {where}, row {i:,} has {text!r:.80} there, not text")
+        yield text or "", "none" if domain in (None, "") else str(domain)
+
+
+def parquet_rows(path, knobs):
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, memory_map=True) as file:
+        columns = {knobs.text_field, knobs.domain_field} - {""}
+        if not columns <= {column.path for column in file.schema}:
+            columns = None  # all of them, for the message about the missing one
+        for batch in file.iter_batches(batch_size=256, columns=columns and sorted(columns)):
+            yield from batch.to_pylist()
+
+
+def json_rows(file):
+    """The rows of JSON lines, each of which is parsed by itself, or of one list."""
+    for i, line in enumerate(file, 1):
+        if i == 1 and line.lstrip().startswith("["):
+            yield from json.loads(line + file.read())
+        elif not line.isspace():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {i:,}: {error}") from error
+            yield row
+
+
+def hub_rows(knobs):
+    """The rows of a data set of the library `datasets`, of which nothing but the text and the domain is kept."""
+    # the copy of a local folder that `datasets` has made may be an old one, so such a folder is read as it is
+    streaming = knobs.max_tokens > 0 or os.path.isdir(knobs.source)
+    options = dict(streaming=True) if streaming else dict(num_proc=knobs.num_proc)
+    try:
+        import datasets
+
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        with writing(f"HF_HOME={datasets.config.HF_CACHE_HOME}"):
+            data = datasets.load_dataset(knobs.source, knobs.config or None, split=knobs.split, **options)
+        columns = {field.split(".")[0] for field in (knobs.text_field, knobs.domain_field) if field}
+        if columns <= set(data.column_names or ()):
+            data = data.select_columns(sorted(columns))
+        for table in data.with_format("arrow").iter(batch_size=256):
+            yield from table.to_pylist()
+    except Exception as error:  # of many types: no network, no such data set, a damaged file
+        cause = error.__cause__ or error
+        what = f"could not be read as text by the library datasets ({type(cause).__name__}: {cause})"
+        mends = {
+            "Config name|BuilderConfig": "choose one with --config=<name>",
+            "disk space": "set HF_HOME to a folder with more room, or take its beginning with --max_tokens",
+            "column|CastError|JSON parse": "download its files, which --source='<folder>/*.jsonl' reads row by row",
+        }
+        mend = next((f"; {mend}" for found, mend in mends.items() if re.search(found, what)), "")
+        raise UserError(f"--source={knobs.source}: {what}{mend}") from error
+
+
+def python_documents():
+    """
+    The running Python's standard library without its tests: the sources, and pydoc's topics, each text once. The domain
+    of a file is its package where that has at least 20 files, 'packages' for the smaller ones, and 'modules' for the
+    files that are in none.
+    """
+    from pydoc_data.topics import topics
+
+    root, skipped = sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - skipped - {"pydoc_data", "__pycache__"})
+        paths += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(names) if name.endswith(".py")]
+    package = {path: os.path.dirname(path).split(os.sep)[0] for path in paths}
+    files = Counter(package.values())
+
+    def sources():
+        for path in paths:
+            # what is not UTF-8 becomes lone surrogates, which `encode` replaces and counts
+            with open(os.path.join(root, path), encoding="utf-8", errors="surrogateescape") as file:
+                domain = package[path] if files[package[path]] >= 20 else "packages"
+                yield file.read(), domain if package[path] else "modules"
+
+    seen = {""}  # the library has empty files and a few twins
+    for text, domain in itertools.chain(sources(), ((topics[name], "topics") for name in sorted(topics))):
+        if text not in seen:
+            seen.add(text)
+            yield text, domain
