@@ -35,7 +35,7 @@ from support.processes import how_to_resume, keep_freed_memory, processes, watch
 from support.run_folder import RunFolder
 from support.values import load_values, write_values
 from support.watch import Watch
-from support.windows import Windows, hash_of, to_device
+from support.windows import Windows, hash_of
 
 
 @dataclass
@@ -180,12 +180,12 @@ def timed(run, device, wanted):
     return result, (time.perf_counter() - started) * 1000
 
 
-def forward(net, windows, alpha, seed, knobs, autocast):
-    """The mean loss of a micro-batch, (b, T + 1) tokens on the host, with alpha, (b, K), or None."""
+def forward(net, batch, alpha, seed, knobs, autocast):
+    """The mean loss of a micro-batch x, y, (b, T), with alpha, (b, K), or None."""
     if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
         torch.manual_seed(hash_of(*seed))
     with autocast:
-        return net(*to_device(windows, knobs.device), alpha)[1]
+        return net(*batch, alpha)[1]
 
 
 def validation_gradients(net, windows, iter_num, knobs, ranks, autocast):
@@ -231,7 +231,7 @@ def predicted_drop(gradient, params, before):
 def worst_windows(model, windows, autocast, iter_num, ids, val_loss):
     """The end of a message: what a step that went wrong was made of, `ids` and perhaps its validation windows."""
     model.eval()
-    sets = [("train", windows.data["train"], ids)]
+    sets = [("train", windows.train, ids)]
     if not math.isfinite(val_loss):
         sets += [(f"val ({name})", *windows.validation(name, iter_num)) for name in windows.val_sets]
     message = ""
@@ -253,7 +253,7 @@ def train(knobs, ranks, stack):
 
     # the windows; the run's folder; the model, the optimiser and the directions, new or as the checkpoint has them
     windows = Windows(knobs)
-    folder = RunFolder(knobs, ranks, windows.identity(), stack)
+    folder = RunFolder(knobs, ranks, windows.identity, stack)
     checkpoint = folder.checkpoint()
     torch.manual_seed(knobs.seed)
     model = make_model(knobs, windows.meta["vocab_size"], checkpoint, folder.resumed)

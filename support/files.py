@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from support.configurator import UserError
+from support.configurator import UserError, check
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
@@ -51,15 +51,25 @@ def atomic_write(path):
             os.remove(temporary)
 
 
+@contextmanager
+def reading(path, mend):
+    """Turns what goes wrong while the block reads `path` into a UserError that ends in `mend`."""
+    check(os.path.isfile(path), f"{path}: no such file; {mend}")
+    try:
+        yield
+    except (PermissionError, MemoryError) as error:
+        raise UserError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
+    except Exception as error:  # damaged files raise all kinds
+        what = f"{type(error).__name__}: {str(error).strip():.80}"
+        raise UserError(f"{path}: damaged, or not written by this script ({what}); {mend}") from error
+
+
 def load_torch(path, keys, mend):
     """
     The dict that torch.save wrote to `path`, which has `keys`. Nothing is unpickled, and every record is compared with
-    its CRC-32, as torch.load does not do. Raises UserError, ending in `mend`, where the file is missing, damaged or
-    something else.
+    its CRC-32, as torch.load does not do. Raises UserError, ending in `mend`, for any other file and for none.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; {mend}")
-    try:
+    with reading(path, mend):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -68,13 +78,7 @@ def load_torch(path, keys, mend):
         if not isinstance(loaded, dict):
             raise ValueError(f"a {type(loaded).__name__}, not a dict")
         missing = [key for key in keys if key not in loaded]
-    except (PermissionError, MemoryError) as error:
-        raise UserError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
-    except Exception as error:  # damaged files raise all kinds
-        what = f"{type(error).__name__}: {str(error).strip():.80}"
-        raise UserError(f"{path}: damaged, or not written by this script ({what}); {mend}") from error
-    if missing:
-        raise UserError(f"{path}: not written by this script, it has no {', '.join(missing)}; {mend}")
+    check(not missing, f"{path}: not written by this script, it has no {', '.join(missing)}; {mend}")
     return loaded
 
 
@@ -85,5 +89,4 @@ def lock(file, path):
     except BlockingIOError:
         raise UserError(f"{path}: a run is writing there now; wait for its end or choose another --out_dir") from None
     except OSError as error:
-        mend = "choose an --out_dir on another one"
-        raise UserError(f"{path}: its file system has no locks ({error.strerror}); {mend}") from error
+        raise UserError(f"{path}: no locks on its file system ({error.strerror}); choose another --out_dir") from error

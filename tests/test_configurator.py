@@ -98,8 +98,8 @@ def test_any_command_line_gives_knobs_or_a_message(argv):
         (dict(score=True, value_direction="adam", optimizer="sgd"), "needs --optimizer=adamw"),
         (dict(max_iters=100, warmup_iters=100), "--warmup_iters=100"),
         (dict(learning_rate=1e-5), "--min_lr=6e-05 is above"),
-        (dict(batch_size=0), "--batch_size=0: must be positive"),
-        (dict(learning_rate=-1.0), "--learning_rate=-1.0: must not be negative"),
+        (dict(batch_size=0), "--batch_size=0: must be at least 1"),
+        (dict(learning_rate=-1.0), "--learning_rate=-1.0: must be at least 0"),
         (dict(filter_from="out/a", out_dir="out/a"), "give this run a folder of its own"),
     ],
 )

@@ -154,7 +154,7 @@ def test_second_order_leaves_training_as_it_was_and_its_values_equal_brute_force
     optimizer.load_state_dict(found["optimizer"])
     log, knobs = read_log("out/x"), train.Knobs(**found["knobs"])
     windows = Windows(knobs)
-    x, y = windows.batch(windows.data["train"], log["sample_id"][4])
+    x, y = windows.batch(windows.train, log["sample_id"][4])
     x_val, y_val = windows.batch(*windows.validation("all", 4))
     theta = copy.deepcopy(model)
     for group in optimizer.param_groups:
@@ -306,7 +306,7 @@ def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # no
         ("--value_order=3", "--value_order=3: expected 1 or 2"),
         ("--value_order=2 --val_average=2", "no --val_average"),
         ("--value_order=2 --dropout=0.1 --compile=True", "needs --compile=False"),
-        ("--val_average=-1", "--val_average=-1.0: must not be negative"),
+        ("--val_average=-1", "--val_average=-1.0: must be at least 0"),
     ],
 )
 def test_what_a_user_may_get_wrong(home, flags, message):  # noqa: F811

@@ -293,14 +293,14 @@ def test_files_that_do_not_belong_together_are_refused(home, finished):  # noqa:
     refused(f"{SCORED} --out_dir=out/x --init_from=resume", "metrics.jsonl: truncated, 10 bytes of")
     with open("out/x/config.json", "w", encoding="utf-8") as file:
         file.write('{"knobs": 3}')
-    refused(f"{SCORED} --filter_from=out/x --out_dir=out/y", "out/x/config.json: missing or damaged")
+    refused(f"{SCORED} --filter_from=out/x --out_dir=out/y", "out/x/config.json: damaged")
     shutil.copy(finished / "run/config.json", "out/x/config.json")
     np.savez("out/x/values.npz", sample_id=np.array([10**6]), value=np.ones(1), visits=np.ones(1, dtype=np.int64))
     refused(f"{SCORED} --filter_from=out/x --out_dir=out/y", "out/x/values.npz: has windows that the corpus has not")
     log = torch.load("out/x/dot_prod/dot_prod_log_iter_8.pt", weights_only=True)
     log["dot_product"] = log["dot_product"][:, :2]
     torch.save(log, "out/x/dot_prod/dot_prod_log_iter_8.pt")
-    with pytest.raises(UserError, match="dot_prod_log_iter_8.pt: not a dot-product log"):
+    with pytest.raises(UserError, match="dot_prod_log_iter_8.pt: damaged"):
         read_log("out/x")
 
 

@@ -201,7 +201,7 @@ def refused(arguments, match):
 
 def test_the_corpus_is_checked(home):
     refused(f"{TINY} --dataset=nothing", "data/nothing.*prepare_owt.py")
-    refused(f"{TINY} --block_size=100000", "train.bin: .* make 0 windows of 100000.*lower --block_size")
+    refused(f"{TINY} --block_size=100000", "train.bin: 'all' has 0 windows of 100000.*lower .*--block_size")
     refused(f"{TINY} --score=True --val_batch_size=100000", "val.bin.*100000 are needed; lower --val_batch_size")
     refused(f"{TINY} --vocab_size=100", "--vocab_size=100 .*the corpus tiny has 257 tokens and the model 100")
     path = home / "data" / "tiny" / "train.bin"

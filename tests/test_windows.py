@@ -7,18 +7,23 @@ import zlib
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import TINY, call, corpus, home  # noqa: F401 (fixtures)
 
+import train
 from prepare_owt import write_checksums
-from support.configurator import UserError
-from support.corpus import PAGE, Tokens, count_windows, open_split, sha256_of
+from support import windows
+from support.configurator import UserError, configure
+from support.corpus import PAGE, Tokens, count_windows, get_tokenizer, open_split, sha256_of
 from support.windows import (
     TEST,
     TRAIN,
     VAL,
     WindowOrder,
+    Windows,
     drawn_ahead,
     get_batch,
     micro_batches,
@@ -173,6 +178,37 @@ def test_a_billion_windows_on_a_sparse_file(tmp_path):
             times.append(time.perf_counter() - start)
         assert x.shape == (B, T) and not np.isin(ids, sample_id[value < 0]).any()
         print(f"\n{pool}: start-up {started:.2f} s, a batch of {B} x {T} {1000 * np.median(times):.2f} ms", end="")
+
+
+def windows_of(flags):
+    """The windows that `train.py <flags>` sees."""
+    return Windows(configure(train.Knobs, f"{TINY} {flags}".split()))
+
+
+def test_bits_per_byte_count_the_bytes_of_the_targets_of_each_test_set(home, monkeypatch):  # noqa: F811
+    """Of a tokenizer with tokens of one and two bytes; an end-of-text token has none."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"e": 257, b"th": ord("e")}
+    encoding = tiktoken.Encoding(
+        "pairs", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+    )
+    for tokenizer in (get_tokenizer("bytes"), encoding):
+        monkeypatch.setattr(windows, "get_tokenizer", lambda name, tokenizer=tokenizer: tokenizer)
+        seen = windows_of("--val_sets=odd --eval_iters=1000")
+        assert list(seen.bytes_per_token) == ["test_loss", "test_loss_odd"]
+        for name, (tokens, ids) in seen.test_sets.items():
+            targets = [token for window in tokens.windows(ids, 16).tolist() for token in window[1:]]
+            pieces = [b"" if token == 256 else tokenizer.decode_single_token_bytes(token) for token in targets]
+            assert seen.bytes_per_token[name] == pytest.approx(len(b"".join(pieces)) / len(targets))
+            assert 256 in targets and max(map(len, pieces)) == (1 if tokenizer.n_vocab == 257 else 2)
+
+
+def test_without_the_tokenizer_s_files_a_run_has_no_bits_per_byte_and_trains(home, monkeypatch):  # noqa: F811
+    def offline(name):
+        raise UserError("GPT-2's BPE files could not be fetched")
+
+    monkeypatch.setattr(windows, "get_tokenizer", offline)
+    assert windows_of("").bytes_per_token == {}
+    call(train.main, f"{TINY} --max_iters=3 --out_dir=out/x")
 
 
 @settings(max_examples=60, deadline=None)
