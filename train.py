@@ -62,7 +62,7 @@ class Knobs:
     # the values
     score: bool = False  # value every window of every batch
     val_batch_size: int = 1  # m, the validation windows that a direction is made of, by default drawn every iteration
-    val_sets: str = "all"  # of the val split: 'all', domains, or other corpora of data_dir; 'a,b': values for each
+    val_sets: str = "all"  # of the val split: 'all', domains, corpora of data_dir; 'a,b': values for each; \, in a name
     val_windows: int = 0  # draw only from so many windows of each set; 0: from all
     val_groups: int = 1  # make a direction of each of so many parts of the m windows, for standard errors
     val_average: float = 0.0  # half-life, in iterations, of a running average of validation gradients; 0: none

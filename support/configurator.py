@@ -10,7 +10,9 @@ import difflib
 import inspect
 import math
 import os
+import re
 import runpy
+import sys
 from dataclasses import fields
 
 
@@ -35,6 +37,8 @@ def configure(knobs_class, argv):
     Raises UserError, naming the knob, for an unknown name (with the nearest one), a value of another type, an argument
     that is neither, or a config file that is missing or does not run. `--help` prints the knobs and exits.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # names of domains may have characters that a terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     types = {field.name: field.type for field in fields(knobs_class)}
     values = {}
     for argument in argv:
@@ -47,7 +51,7 @@ def configure(knobs_class, argv):
                 raise UserError(f"{argument}: write it as --{key}=value")
             values[key] = _parse(_known(key, types, "the command line"), types[key], text)
         else:
-            for key, value in _run_config(argument).items():
+            for key, value in _run_config(argument, types).items():
                 values[key] = _check(_known(key, types, argument), types[key], value, argument)
     return knobs_class(**values)
 
@@ -63,7 +67,7 @@ def _known(key, types, where):
     if key in REMOVED:
         raise UserError(f"{where}: the knob '{key}' is gone: {REMOVED[key][1]}")
     near = difflib.get_close_matches(key, types, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else "--help lists the knobs"
+    hint = f"did you mean '{near[0]}'?" if near else "--help lists the knobs, and a config's own names begin with _"
     check(key in types, f"{where}: there is no knob '{key}'; {hint}")
     return key
 
@@ -81,22 +85,27 @@ def _parse(key, kind, text):
 
 def _check(key, kind, value, where):
     """An int will do for a float; nothing else stands in for another type, and no float may be nan or infinite."""
-    if kind is float and type(value) is int and abs(value) < 2**1000:
-        value = float(value)
+    if type(value) is int and (kind is float or abs(value) >= 2**1000):
+        value = float(value) if abs(value) < 2**1000 else math.inf
     fits = type(value) is kind and (kind is not float or math.isfinite(value))
     check(fits, f"{where}: {key} = {value!r}: expected {kind.__name__}")
     return value
 
 
-def _run_config(path):
-    """The names that a config file assigns; those that start with an underscore are its own."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such config file (knobs are written --key=value)")
+def _run_config(path, types):
+    """The names that a config file assigns; those that start with an underscore, modules and functions are its own."""
+    check(os.path.isfile(path), f"{path}: no such config file (knobs are written --key=value)")
     try:
         namespace = runpy.run_path(path)
     except Exception as error:  # whatever a config raises is told with the file's name
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    return {key: value for key, value in namespace.items() if not key.startswith("_")}
+    own = {key for key, value in namespace.items() if callable(value) or inspect.ismodule(value)} - set(types)
+    return {key: value for key, value in namespace.items() if not key.startswith("_") and key not in own}
+
+
+def split_names(text):
+    r"""The names in 'a,b'. A comma in a name has a backslash before it: 'Books\, fiction,all'."""
+    return [name.replace("\\,", ",") for name in re.split(r"(?<!\\),", text)]
 
 
 # a number is at least the first and below the second; one that is not here is at least 1, a float at least 0
@@ -123,15 +132,15 @@ def check_training(knobs):
         check(str(value).isprintable(), f"--{key}={value!r}: has characters that cannot be printed")
         allowed = CHOICES.get(key, [value])
         check(value in allowed, f"{said[key]}: expected {' or '.join(map(str, allowed))}")
-    for key in ("out_dir", "data_dir", "dataset"):
-        check(getattr(knobs, key), f"--{key}=: give the name of a folder; '.' is this one")
     too_many = knobs.batch_size * knobs.block_size >= 2**31
     check(not too_many, f"{said['batch_size']} windows of {said['block_size']}: too many")
     check(knobs.n_embd % knobs.n_head == 0, f"{said['n_embd']} is not divisible by {said['n_head']}")
+    for key in ("out_dir", "data_dir", "dataset"):
+        check(getattr(knobs, key).strip(), f"{said[key]}: give the name of a folder; '.' is this one")
     float16 = "float16 needs a loss scaler, which would scale the values too; " if knobs.dtype == "float16" else ""
     check(knobs.dtype in ("bfloat16", "float32"), f"{said['dtype']}: {float16}expected bfloat16 or float32")
 
-    kinds, sets, m = knobs.value_direction.split(","), knobs.val_sets.split(","), knobs.val_batch_size
+    kinds, sets, m = knobs.value_direction.split(","), split_names(knobs.val_sets), knobs.val_batch_size
     known = set(kinds) <= set(DIRECTIONS) and len(set(kinds)) == len(kinds)
     check(known, f"{said['value_direction']}: expected {', '.join(DIRECTIONS)}, or several, each once: sgd,adam")
     unscaled = knobs.score and "adam" in knobs.value_direction and knobs.optimizer == "sgd"
@@ -147,7 +156,7 @@ def check_training(knobs):
     arms = knobs.filter_negative and knobs.drop_random
     check(not arms, f"{said['filter_negative']} and {said['drop_random']} are arms of their own: take one")
     check(knobs.filter_from or not knobs.filter_negative, "--filter_negative=True needs --filter_from=<a scored run>")
-    same = knobs.filter_from and os.path.abspath(knobs.filter_from) == os.path.abspath(knobs.out_dir)
+    same = knobs.filter_from and os.path.realpath(knobs.filter_from) == os.path.realpath(knobs.out_dir)
     check(not same, f"{said['out_dir']} is also --filter_from; give this run a folder of its own")
     if knobs.decay_lr:
         check(knobs.min_lr <= knobs.learning_rate, f"{said['min_lr']} is above {said['learning_rate']}")

@@ -10,29 +10,32 @@ import torch
 
 from support.configurator import UserError, check
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 @contextmanager
 def writing(path):
-    """Turns the system's refusal to write `path` for want of room, in the block, into a UserError."""
+    """Turns the system's refusal to write `path`, in the block, into a UserError."""
     try:
         yield
     except Exception as error:
         cause = error
-        while cause is not None and getattr(cause, "errno", None) not in NO_ROOM:
+        while cause is not None and getattr(cause, "errno", None) not in NO_ROOM | NO_PLACE:
             cause = cause.__cause__ or cause.__context__  # torch.save has a RuntimeError of its own for a full disk
-        if cause is None:
+        named = getattr(cause, "filename", None) or path  # the path, its temporary name or a folder above
+        if cause is None or not (path.startswith(named) or named.startswith(path)):
             raise
         whole = "what was there is whole; " if os.path.exists(path) else ""
-        raise UserError(f"{path}: could not be written ({cause.strerror}); {whole}make room and go on") from error
+        mend = "make room and go on" if cause.errno in NO_ROOM else "choose a folder that you may write to"
+        raise UserError(f"{path}: could not be written ({cause.strerror}); {whole}{mend}") from error
 
 
 @contextmanager
 def atomic_write(path):
     """
     Yields a binary file under a temporary name; synced and renamed to `path` when the block ends without an error. Its
-    folder is made. Raises UserError where there is no room for it; `path` is then as it was.
+    folder is made. Raises UserError where the system refuses to write it; `path` is then as it was.
     """
     folder, temporary = os.path.dirname(path) or ".", f"{path}.tmp"
     try:

@@ -756,7 +756,7 @@ def remembered(key, shapes, listed, choose_now):
     try:
         with atomic_write(path) as file:
             file.write(json.dumps(kept, indent=1).encode())
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a UserError too
         notes.append(f"the choice is not remembered: {error}")
     return table, "\n".join([reason, *notes])
 

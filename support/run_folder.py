@@ -27,6 +27,7 @@ CHECKPOINT += ("metrics_bytes", "order", "val_gradients", "val_sets")
 # what may change between the start of a run and its resumption, because the numbers do not depend on it
 FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
 FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name", "process_timeout"}
+FREE_KNOBS |= {"dataset", "filter_from", "filter_column"}  # the corpus and the order are compared, not their names
 
 
 class RunFolder:
@@ -82,6 +83,8 @@ class RunFolder:
         for key, (default, why) in REMOVED.items():
             if then.get(key, default) != default:
                 raise UserError(f"{self.ckpt_path}: its run has {key} = {then[key]}, a knob that is gone: {why}")
+        if list(found["val_sets"]) == list(self.identity["val_sets"]):  # the same names, as 'other/' and 'other' are
+            now["val_sets"] = then["val_sets"]
         other = [key for key in now if key not in FREE_KNOBS and then.get(key) != now[key]]
         if other:
             theirs, ours = (" ".join(f"--{key}={knobs.get(key)}" for key in other) for knobs in (then, now))

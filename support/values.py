@@ -15,7 +15,8 @@ from support.configurator import check
 from support.files import atomic_write, load_torch, reading
 
 FORMAT = 1  # of a file of the log; those without a number are of the code before it was written, and read the same
-LOG_SHAPES = {"iter": 1, "lr": 1, "clip": 1, "sample_id": 2, "dot_product": 3}
+LOG = dict(iter=(1, torch.int64), lr=(1, torch.float64), clip=(1, torch.float64))  # dimensions and types
+LOG |= dict(sample_id=(2, torch.int64), dot_product=(3, torch.float32))
 
 
 def write_log(out_dir, iter_num, entries, directions=("all:sgd",)):
@@ -24,16 +25,10 @@ def write_log(out_dir, iter_num, entries, directions=("all:sgd",)):
     `entries` is a list of {iter: int, lr: float, clip: scalar, sample_id: (B,) int64, dot_product: (B, K) float32},
     which become tensors of one more dimension, but dot_product (k, B) where K = 1; `directions` are the K names.
     """
-    dots = torch.stack([entry["dot_product"] for entry in entries]).float().cpu()
-    log = {
-        "format": FORMAT,
-        "iter": torch.tensor([entry["iter"] for entry in entries]),
-        "lr": torch.tensor([entry["lr"] for entry in entries], dtype=torch.float64),
-        "clip": torch.stack([torch.as_tensor(entry["clip"]) for entry in entries]).double().cpu(),
-        "sample_id": torch.stack([torch.as_tensor(entry["sample_id"]) for entry in entries]),
-        "dot_product": dots.squeeze(2),
-        "directions": list(directions),
-    }
+    log = dict(format=FORMAT, directions=list(directions))
+    for key, (_, dtype) in LOG.items():
+        log[key] = torch.stack([torch.as_tensor(entry[key], dtype=dtype) for entry in entries]).cpu()
+    log["dot_product"] = log["dot_product"].squeeze(2)
     with atomic_write(os.path.join(out_dir, "dot_prod", f"dot_prod_log_iter_{iter_num}.pt")) as file:
         torch.save(log, file)
 
@@ -41,8 +36,9 @@ def write_log(out_dir, iter_num, entries, directions=("all:sgd",)):
 def log_files(out_dir):
     """The paths of a run's dot-product log in order, as {iteration in the name: path}."""
     folder, prefix = os.path.join(out_dir, "dot_prod"), "dot_prod_log_iter_"
-    names = glob.glob(f"{prefix}*.pt", root_dir=folder)
-    return {n: os.path.join(folder, f"{prefix}{n}.pt") for n in sorted(int(name[len(prefix) : -3]) for name in names)}
+    numbers = [name[len(prefix) : -len(".pt")] for name in glob.glob(f"{prefix}*.pt", root_dir=folder)]
+    numbers = sorted(int(n) for n in numbers if n.isdecimal())  # a copy 'dot_prod_log_iter_6 (1).pt' is no part of it
+    return {n: os.path.join(folder, f"{prefix}{n}.pt") for n in numbers}
 
 
 def read_log(out_dir):
@@ -54,18 +50,18 @@ def read_log(out_dir):
     files, parts, anew = log_files(out_dir), [], "train it anew in another --out_dir"
     check(files, f"{out_dir}/dot_prod: no dot-product log there; make one with --score=True --out_dir={out_dir}")
     for path in files.values():
-        part = load_torch(path, [*LOG_SHAPES, "directions"], anew)
+        part = load_torch(path, [*LOG, "directions"], anew)
         newer = f"{path}: its format is {part.get('format')}, this code knows {FORMAT}; read it with newer code"
         check(part.get("format", 0) <= FORMAT, newer)
         with reading(path, anew):
             shape = (*part["sample_id"].shape, len(part["directions"]))  # (k, B, K), B and K the same in all files
             part["dot_product"] = part["dot_product"].view(shape)
             parts.append(part)
-            fits = all(part[key].shape == shape[:dims] for key, dims in LOG_SHAPES.items())
+            fits = all(part[key].shape == shape[:dims] for key, (dims, _) in LOG.items())
             fits &= part["directions"] == parts[0]["directions"] and shape[1] == parts[0]["sample_id"].shape[1]
             if not fits:
                 raise ValueError("not a dot-product log, or of a run with another batch")
-    log = {key: torch.cat([part[key] for part in parts]).numpy() for key in LOG_SHAPES}
+    log = {key: torch.cat([part[key] for part in parts]).numpy() for key in LOG}
     whole = np.array_equal(log["iter"], np.arange(len(log["iter"])))
     check(whole, f"{out_dir}/dot_prod: iterations are missing or there twice; {anew}")
     log["directions"] = parts[0]["directions"]

@@ -7,6 +7,8 @@ each eligible window once, in an order that a keyed permutation computes on the 
 the corpus and the state of a run is one integer, its position.
 """
 
+import difflib
+import glob
 import hashlib
 import json
 import os
@@ -16,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from support.configurator import UserError, check
+from support.configurator import UserError, check, split_names
 from support.corpus import count_windows, get_tokenizer, load_meta, open_split, window_domains
 from support.files import reading
 from support.values import load_values
@@ -151,6 +153,21 @@ def drawn_ahead(draw, position, device):
             yield drawn
 
 
+def other_corpus(knobs, meta, name):
+    """The folder and meta.json of `name` in data_dir. Raises UserError for none, and for another tokenizer."""
+    folder, ours = os.path.join(knobs.data_dir, name), meta["tokenizer"]
+    if not os.path.isfile(f"{folder}/meta.json"):
+        others = [os.path.dirname(path) for path in glob.glob("*/meta.json", root_dir=knobs.data_dir)]
+        known = [known.replace(",", "\\,") for known in ("all", *meta["domains"], *others)]
+        near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0))
+        found = f"'{name}' is no corpus in {knobs.data_dir} and no domain of {knobs.dataset}"
+        raise UserError(f"--val_sets={knobs.val_sets}: {found}; of {len(known):,} names the nearest are {near}")
+    theirs = load_meta(folder)
+    found = f"{folder}: has the tokenizer {theirs['tokenizer']}, {knobs.dataset} has {ours}"
+    check(theirs["tokenizer"] == ours, f"{found}; prepare it with --tokenizer={ours}")
+    return folder, theirs
+
+
 def open_sets(knobs, meta, names, split, seed, stream):
     """
     {name: (its Tokens, the WindowOrder of its windows, its corpus's fingerprint)} of `split`: 'all' is the whole, other
@@ -160,18 +177,11 @@ def open_sets(knobs, meta, names, split, seed, stream):
     needed = dict(train=B, val=knobs.val_windows or knobs.val_batch_size, test=1)[split]
     smaller = dict(train="--batch_size, ", val="--val_batch_size, --val_windows, ", test="")[split]
     for name in names:
-        own = name == "all" or name in meta["domains"]
-        folder, theirs = os.path.join(knobs.data_dir, knobs.dataset if own else name), meta
-        if not own:
-            found = f"--val_sets={knobs.val_sets}: '{name}' is no corpus in {knobs.data_dir}"
-            found = f"{found} and no domain of {knobs.dataset}; there are: all, {', '.join(meta['domains'])}"
-            check(os.path.isfile(f"{folder}/meta.json"), found)
-            theirs, ours = load_meta(folder), meta["tokenizer"]
-            found = f"{folder}: has the tokenizer {theirs['tokenizer']}, {knobs.dataset} has {ours}"
-            check(theirs["tokenizer"] == ours, f"{found}; prepare it with --tokenizer={ours}")
+        own = os.path.join(knobs.data_dir, knobs.dataset), meta
+        folder, theirs = own if name in ("all", *meta["domains"]) else other_corpus(knobs, meta, name)
         tokens, ids = open_split(folder, split, theirs), None
         n = count_windows(tokens, T)
-        if own and name != "all":
+        if name != "all" and name in meta["domains"]:
             domains = window_domains(folder, split, np.arange(n), T, meta)
             ids = np.flatnonzero(domains == meta["domains"].index(name))
         order = WindowOrder(n, seed, stream, ids)
@@ -231,9 +241,10 @@ class Windows:
     """
 
     def __init__(self, knobs):
-        self.knobs, names = knobs, knobs.val_sets.split(",")
-        self.B = knobs.batch_size * knobs.gradient_accumulation_steps
+        self.knobs, self.B = knobs, knobs.batch_size * knobs.gradient_accumulation_steps
         self.meta = load_meta(os.path.join(knobs.data_dir, knobs.dataset))
+        named = split_names(knobs.val_sets)
+        names = [name if name in self.meta["domains"] else os.path.normpath(name) for name in named]  # not 'other/'
         self.vocab_size = self.meta["vocab_size"]  # and then the model's: no token may be beyond its embedding
         self.train, whole, fingerprint = open_sets(knobs, self.meta, ["all"], "train", knobs.seed, TRAIN)["all"]
         arm = knobs.filter_negative, knobs.filter_pool, knobs.drop_random, load_filter(knobs, fingerprint, whole.n)
@@ -252,22 +263,19 @@ class Windows:
     @cached_property
     def bytes_per_token(self):
         """
-        {name in metrics.jsonl: the mean number of bytes of the target tokens of its windows}: bits per byte are nats /
-        ln 2 / bytes_per_token. An end-of-text token has no bytes, but its nats count. Empty where GPT-2's BPE files
-        cannot be had.
+        {name in metrics.jsonl: mean bytes of the target tokens of its windows}: bits per byte = nats / ln 2 / these. An
+        end-of-text token has no bytes, but its nats count. Empty where GPT-2's BPE files cannot be had.
         """
         try:
             encoding = get_tokenizer(self.meta["tokenizer"])
         except UserError:  # a machine without network trains all the same
             return {}
-        lengths = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)])
-        lengths[encoding.eot_token], found = 0, {}
+        lengths = torch.tensor([len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)])
+        lengths[encoding.eot_token], T, found = 0, self.knobs.block_size, {}
         for name, (tokens, ids) in self.test_sets.items():
-            counts = np.zeros(encoding.n_vocab, dtype=np.int64)
-            for some in np.array_split(ids, len(ids) // self.B + 1):  # no more in memory than a batch
-                _, y = get_batch(tokens, some, self.knobs.block_size, encoding.n_vocab, "cpu")
-                counts += np.bincount(y.flatten().numpy(), minlength=encoding.n_vocab)
-            found[name] = float(counts @ lengths / counts.sum())
+            batches = np.array_split(ids, len(ids) // self.B + 1)  # no more than one in memory
+            targets = (get_batch(tokens, some, T, encoding.n_vocab, "cpu")[1] for some in batches)
+            found[name] = sum(lengths[y].sum().item() for y in targets) / (len(ids) * T)
         return found
 
     def batch(self, tokens, ids):
@@ -297,10 +305,12 @@ class Windows:
         if ranks.rank > 0:
             return
         knobs, coverage = self.knobs, self.coverage
+        draws, eligible = knobs.max_iters * self.B, max(1, self.order.eligible())
         print(f"{self.B * knobs.block_size:,} tokens an iteration, of {len(self.train):,} in the corpus")
         if coverage:
             counts = "{corpus:,} windows in the corpus, {scored:,} scored, {negative:,} negative, {eligible:,} eligible"
             print(f"values of {knobs.filter_from}, pool '{knobs.filter_pool}': {counts.format(**coverage)};")
-            few = "; most draws are unscored windows that it cannot reject: expect little of it"
-            few = few if coverage["touchable"] < 0.5 else ""
+            few = "; most draws are unscored windows: expect little of it" if coverage["touchable"] < 0.5 else ""
             print(f"the filter can touch {coverage['touchable']:.1%} of the draws{few}")
+        if draws > eligible:
+            print(f"{draws:,} draws of {eligible:,} windows: each is seen {draws / eligible:.1f} times")

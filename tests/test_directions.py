@@ -298,7 +298,7 @@ def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # no
         ("--value_direction=sgd,adam --optimizer=sgd", "needs --optimizer=adamw"),
         ("--val_sets=even,,odd", "expected names, each once"),
         ("--val_sets=even,even", "expected names, each once"),
-        ("--val_sets=evne", "'evne' is no corpus in data and no domain of tiny; there are: all, even, odd"),
+        ("--val_sets=evne", "'evne' is no corpus in data and no domain of tiny; of 4 names the nearest are even, "),
         ("--val_sets=pieces", "has the tokenizer gpt2, tiny has bytes; prepare it with --tokenizer=bytes"),
         ("--val_sets=even --val_batch_size=500", "'even' has .* windows of 16 tokens, and 500 are needed"),
         ("--val_groups=3", "--val_groups=3: does not divide --val_batch_size=4"),

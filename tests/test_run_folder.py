@@ -319,6 +319,27 @@ def test_a_filter_that_has_changed_is_noticed(home, finished):  # noqa: F811
     call(train.main, f"{flags} --max_iters=12 --init_from=resume")
 
 
+def test_a_filter_and_corpora_are_known_by_what_they_are_and_not_by_their_paths(home, finished):  # noqa: F811
+    shutil.copytree(finished / "run", "out/scored")
+    shutil.copytree("data/tiny", "data/other")
+    flags = f"{TINY} --val_sets=other --lr_decay_iters=16 --out_dir=out/x"
+    call(train.main, f"{flags} --filter_from=out/scored")
+    shutil.move("out/scored", "elsewhere")
+    shutil.copytree("data", "corpora")
+    os.rename("corpora/tiny", "corpora/renamed")
+    elsewhere = "--data_dir=corpora --dataset=renamed --val_sets=./other/"
+    flags = f"{TINY} --lr_decay_iters=16 --out_dir=out/x --init_from=resume --max_iters=12"
+    refused(f"{flags} {elsewhere} --filter_from={finished}/none", "none/values.npz: no such file")
+    refused(f"{flags} {elsewhere}", "--filter_from=: not the windows that out/x/ckpt.pt began with")
+    refused(
+        f"{flags} --val_sets=all --filter_from=elsewhere", "val_sets = other, not all; resume with --val_sets=other"
+    )
+    call(train.main, f"{flags} {elsewhere} --filter_from=elsewhere/. --filter_column=all:adam")
+    call(train.main, f"{TINY} --lr_decay_iters=16 --val_sets=other --filter_from=elsewhere --out_dir=y --max_iters=12")
+    x, y = ([line for line in metrics(run) if "test_loss" in line] for run in ("out/x", "y"))
+    assert x == y and len(x) == 4
+
+
 def test_a_damaged_log_is_noticed_when_a_run_is_resumed(home, finished):  # noqa: F811
     shutil.copytree(finished / "run", "out/x")
     flags = f"{SCORED} --data_dir={finished}/data --out_dir=out/x --lr_decay_iters=8 --max_iters=12 --init_from=resume"
