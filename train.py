@@ -27,9 +27,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_value import Directions, retreat_to_midpoint, validation_gradient, weight_gradient_shapes
+from data_value import Directions, choose_kernels, retreat_to_midpoint, validation_gradient
 from model import GPT, GPTConfig
-from support import kernels, operators
+from support import operators
 from support.configurator import UserError, check_training, configure
 from support.corpus import get_tokenizer
 from support.cost import line_of, step_cost, timed
@@ -168,18 +168,6 @@ def compile_model(model, knobs, ranks, n_test_sets):
     return DistributedDataParallel(compiled, **{buffers: False}), compiled
 
 
-def choose_kernels(model, knobs, ranks, n_directions):
-    """On a GPU, take the fastest correct version of every weight gradient, the same on all ranks; print which."""
-    operators.weight_gradients = {}
-    dtype = getattr(torch, knobs.dtype)
-    shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0], dtype)
-    choice = None
-    if ranks.rank == 0:
-        choice, reason = kernels.choose(knobs.device, shapes, dtype, operators.add_samples, n_directions)
-        print(reason)
-    operators.weight_gradients = ranks.broadcast(choice, knobs.device)
-
-
 def forward(net, batch, alpha, seed, knobs, autocast):
     """The mean loss of a micro-batch x, y, (b, T), with alpha, (b, K), or None."""
     if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
@@ -249,10 +237,7 @@ def worst_windows(model, windows, autocast, iter_num, ids, val_loss):
 
 
 def train(knobs, ranks, stack):
-    """
-    The run of this process; `stack` closes its files and its thread, and gives back the signal handlers. Returns the
-    signal that has stopped it, or 0.
-    """
+    """The run of this process; `stack` ends what it begins. Returns the signal that has stopped it, or 0."""
     B = knobs.batch_size * knobs.gradient_accumulation_steps  # windows in an iteration, of all ranks
     micro_steps = knobs.gradient_accumulation_steps // ranks.world  # of this rank
 
@@ -282,7 +267,9 @@ def train(knobs, ranks, stack):
     folder.begin(model, windows.coverage)
     windows.describe(ranks)
     if knobs.score:
-        choose_kernels(model, knobs, ranks, len(directions.names))
+        if ranks.rank == 0:
+            print(choose_kernels(model, knobs, len(directions.names)))
+        operators.weight_gradients = ranks.broadcast(operators.weight_gradients, knobs.device)
     signalled = watch_signals(stack, ranks, knobs)
     watch = Watch(folder, partial(worst_windows, model, windows, autocast))
 

@@ -116,6 +116,22 @@ CHOICES = dict(value_order=(1, 2), filter_pool=("scored", "all"), optimizer=("ad
 DIRECTIONS = ("sgd", "adam", "sgd-wte", "adam-wte")
 
 
+def check_shape(knobs, **choices):
+    """
+    Check the knobs of a step's shape, as bench.py and its budget have them. Raises UserError, naming the knob, for one
+    of `choices` that has none of its values, for a number that is negative, or 0 where it counts, and for a width that
+    the heads do not divide.
+    """
+    for key, allowed in choices.items():
+        if getattr(knobs, key) not in allowed:
+            raise UserError(f"--{key}={getattr(knobs, key)}: expected {' or '.join(allowed)}")
+    for key, value in vars(knobs).items():
+        if (type(value) is int and value < 1) or (type(value) is float and value < 0):
+            raise UserError(f"--{key}={value}: must be positive")
+    if knobs.n_embd % knobs.n_head:
+        raise UserError(f"--n_embd={knobs.n_embd} is not divisible by --n_head={knobs.n_head}")
+
+
 def check_training(knobs):
     """
     Check the knobs of train.py against each other, and fill in lr_decay_iters and the names in out_dir. Raises
