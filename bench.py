@@ -42,6 +42,7 @@ from data_value import (
 )
 from model import GPT, GPTConfig
 from support.configurator import UserError, check_each, configure
+from support.cost import estimate_mfu, memory_mb, peak_tflops
 from support.processes import keep_freed_memory
 
 
@@ -61,7 +62,7 @@ class Knobs:
     value_direction: str = "adam"  # or 'sgd'
     n_directions: int = 1  # dotted in the same backward, all made of the same validation windows
     rounds: int = 15
-    peak_tflops: float = 0.0  # of the GPU in dtype, for MFU; 0: as in PEAK_TFLOPS, or MFU is not printed
+    peak_tflops: float = 0.0  # of the GPU in dtype, for MFU; 0: as support/cost.py has it, or MFU is not printed
     json: bool = False  # an object instead of the table
     memory_of: str = ""  # used by the bench itself: measure the peak of this arm and stop
 
@@ -71,10 +72,6 @@ class Knobs:
             raise UserError(f"--device={self.device}: no GPU is available here; use --device=cpu")
         if self.device.startswith("cuda"):  # events and memory are the current device's
             torch.cuda.set_device(torch.device(self.device).index or 0)
-
-
-# dense bfloat16, from NVIDIA's data sheets
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
 
 
 def gpt_config(knobs, **changed):
@@ -197,12 +194,6 @@ def print_peak(knobs):
     print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM") - before)
 
 
-def memory_mb(field):
-    """VmRSS, resident now, or VmHWM, its peak. (getrusage's peak would begin with that of the parent process.)"""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) / 2**10 for line in file if line.startswith(field))
-
-
 def take_turns(arms, knobs):
     """The seconds of each arm, functions of no arguments, in each of knobs.rounds rounds."""
     times, names = {name: [] for name in arms}, deque(arms)
@@ -226,17 +217,11 @@ def ratios(stock, plain, val, scored, order2):
     )
 
 
-def peak_tflops(gpu, dtype):
-    """Of the GPU of this name, 0 where it is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu and dtype == "bfloat16"), 0.0)
-
-
 def mfu(knobs, parameters, ms, gpu):
     """The share of the GPU's peak at which a plain step of `ms` would run, None where the peak is not known."""
     peak = knobs.peak_tflops or peak_tflops(gpu, knobs.dtype)
-    attention = 12 * knobs.n_layer * knobs.n_embd * knobs.block_size  # operations a token (PaLM, App. B)
-    operations = (6 * parameters + attention) * knobs.batch_size * knobs.block_size
-    return operations / (ms / 1000) / (peak * 1e12) if peak else None
+    tokens_per_s = knobs.batch_size * knobs.block_size / ms * 1000
+    return estimate_mfu(knobs, parameters, tokens_per_s, peak) if peak else None
 
 
 def measure(knobs):

@@ -153,6 +153,7 @@ def candidates(knobs, report):
     import data_value
     from model import GPT
     from support import kernels, operators, row_kernels
+    from support.cost import peak_tflops
 
     size, device, dtype = FULL if knobs.cuda else TINY, knobs.device, torch.bfloat16
     B, T, C, V = (size[key] for key in ("batch_size", "block_size", "n_embd", "vocab_size"))
@@ -181,7 +182,7 @@ def candidates(knobs, report):
         seconds = timed(lambda launch=launch, arguments=arguments: launch(*arguments), device)
         report(kernel=name, ms=1000 * seconds, gb_per_s=traffic(*arguments)[0] / seconds / 1e9)
 
-    peak = bench.peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else 0.0
+    peak = peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else 0.0
     shape = bench.Knobs(**size, device=device, dtype="bfloat16")
     with torch.device("meta"):
         model = GPT(bench.gpt_config(shape))
