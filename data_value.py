@@ -4,8 +4,8 @@ The value of every training sample, from the backward pass that trains on it.
 Give sample i its own weights theta + sum_k alpha_ik * D_k and look at alpha = 0: d l_i / d alpha_ik = <grad l_i, D_k>.
 So zeros of shape (B, K) that the forward pass carries and never uses receive, as their gradient, the dot product of
 every sample's gradient with each of K directions D_k. The layers below know how to compute that derivative from what
-their weight gradient needs anyway; autograd sums it over layers, over the two uses of a tied weight and over
-micro-steps, because a derivative is linear.
+their weight gradient needs anyway. Autograd sums it over layers and over the two uses of a tied weight, because a
+derivative is linear.
 
 It is nearly free. A linear's weight gradient is a sum over samples, sum_i dY_i^T X_i. It is summed one sample at a
 time, and <sum so far, D_k> is taken after each: sample i's dot product is the difference of two such numbers. For each
