@@ -47,8 +47,7 @@ def configure(knobs_class, argv):
             raise SystemExit(0)
         if argument.startswith("--"):
             key, equals, text = argument[2:].partition("=")
-            if not equals:
-                raise UserError(f"{argument}: write it as --{key}=value")
+            check(equals, f"{argument}: write it as --{key}=value")
             values[key] = _parse(_known(key, types, "the command line"), types[key], text)
         else:
             for key, value in _run_config(argument, types).items():
