@@ -12,6 +12,7 @@ import math
 import os
 import re
 import runpy
+import sys
 from dataclasses import fields
 
 
@@ -36,6 +37,8 @@ def configure(knobs_class, argv):
     Raises UserError, naming the knob, for an unknown name (with the nearest one), a value of another type, an argument
     that is neither, or a config file that is missing or does not run. `--help` prints the knobs and exits.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # names of domains may have characters that a terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     types = {field.name: field.type for field in fields(knobs_class)}
     values = {}
     for argument in argv:
@@ -64,7 +67,7 @@ def _known(key, types, where):
     if key in REMOVED:
         raise UserError(f"{where}: the knob '{key}' is gone: {REMOVED[key][1]}")
     near = difflib.get_close_matches(key, types, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else "--help lists the knobs"
+    hint = f"did you mean '{near[0]}'?" if near else "--help lists the knobs, and a config's own names begin with _"
     check(key in types, f"{where}: there is no knob '{key}'; {hint}")
     return key
 
@@ -82,8 +85,8 @@ def _parse(key, kind, text):
 
 def _check(key, kind, value, where):
     """An int will do for a float; nothing else stands in for another type, and no float may be nan or infinite."""
-    if kind is float and type(value) is int and abs(value) < 2**1000:
-        value = float(value)
+    if type(value) is int and (kind is float or abs(value) >= 2**1000):
+        value = float(value) if abs(value) < 2**1000 else math.inf
     fits = type(value) is kind and (kind is not float or math.isfinite(value))
     check(fits, f"{where}: {key} = {value!r}: expected {kind.__name__}")
     return value
@@ -111,6 +114,22 @@ RANGES |= dict.fromkeys(("warmup_iters", "lr_decay_iters", "val_windows"), (0, 2
 RANGES |= dict.fromkeys(("dropout", "drop_random", "beta1", "beta2"), (0, 1))
 CHOICES = dict(value_order=(1, 2), filter_pool=("scored", "all"), optimizer=("adamw", "sgd"))
 DIRECTIONS = ("sgd", "adam", "sgd-wte", "adam-wte")
+
+
+def check_shape(knobs, **choices):
+    """
+    Check the knobs of a step's shape, as bench.py and its budget have them. Raises UserError, naming the knob, for one
+    of `choices` that has none of its values, for a number that is negative, or 0 where it counts, and for a width that
+    the heads do not divide.
+    """
+    for key, allowed in choices.items():
+        if getattr(knobs, key) not in allowed:
+            raise UserError(f"--{key}={getattr(knobs, key)}: expected {' or '.join(allowed)}")
+    for key, value in vars(knobs).items():
+        if (type(value) is int and value < 1) or (type(value) is float and value < 0):
+            raise UserError(f"--{key}={value}: must be positive")
+    if knobs.n_embd % knobs.n_head:
+        raise UserError(f"--n_embd={knobs.n_embd} is not divisible by --n_head={knobs.n_head}")
 
 
 def check_training(knobs):

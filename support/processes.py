@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from support.configurator import UserError
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -59,6 +61,19 @@ class Ranks:
             dist.barrier()
 
 
+def check_device(device):
+    """Make a GPU the current device. Raises UserError for a device that is not here."""
+    try:
+        known = torch.device(device).type in ("cpu", "cuda", "mps")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        known = False
+    if not known:
+        raise UserError(f"--device={device}: no such device here; use --device=cpu")
+    if device.startswith("cuda"):  # what is timed and synchronised is the current device
+        torch.cuda.set_device(torch.device(device).index or 0)
+
+
 @contextmanager
 def processes(knobs):
     """
@@ -69,18 +84,14 @@ def processes(knobs):
     on_gpu = knobs.device.startswith("cuda")
     if on_gpu and "LOCAL_RANK" in os.environ:
         knobs.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        known = torch.device(knobs.device).type in ("cpu", "cuda", "mps")
-        torch.empty(0, device=knobs.device)
-    except (RuntimeError, AssertionError):
-        known = False
-    if not known:
-        raise UserError(f"--device={knobs.device}: no such device here; use --device=cpu")
-    if on_gpu:  # what is timed and synchronised is the current device
-        torch.cuda.set_device(torch.device(knobs.device).index or 0)
+    check_device(knobs.device)
     if "RANK" not in os.environ:
         yield Ranks()
         return
+    missing = [name for name in TORCHRUN if not os.environ.get(name)]
+    if missing:
+        what = f"RANK={os.environ['RANK']} is in the environment, but no {', '.join(missing)}"
+        raise UserError(f"{what}; start several processes with torchrun, and a single one after unset RANK")
     world, steps = int(os.environ["WORLD_SIZE"]), knobs.gradient_accumulation_steps
     if steps % world:
         mend = f"start as many processes as divide it, or a run with a multiple of {world} and another --batch_size"
@@ -118,22 +129,43 @@ def how_to_resume(knobs):
     return f"go on from the last checkpoint in {knobs.out_dir} with the same command and --init_from=resume"
 
 
-def watch_sigterm(stack, ranks, knobs):
+def watch_signals(stack, ranks, knobs):
     """
-    From now on SIGTERM, a scheduler's warning, is only noted, until `stack` is closed. Returns a function that says
-    whether any process has had one; all call it at the same step and get the same answer.
+    From now on SIGTERM, a scheduler's warning, and a first SIGINT, Ctrl-C, are only noted, until `stack` is closed.
+    Returns a function that says which of them any process has had, or 0; all call it at the same step and get the same
+    answer.
     """
-    noted = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
-    stack.callback(signal.signal, signal.SIGTERM, previous)
+    noted = [0]
+
+    def note(number, _):
+        noted.append(number)
+        if number == signal.SIGINT:  # a second one ends the process at once
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell has it for a command in the background
+            stack.callback(signal.signal, number, signal.signal(number, note))
     # on the CPU, so that no step waits for the GPU
     alone, timeout = ranks.world == 1, timedelta(seconds=knobs.process_timeout)
     group = None if alone else dist.new_group(backend="gloo", timeout=timeout)
 
-    def terminated():
-        answer = torch.tensor(len(noted))  # what comes while the others are asked counts the next time
+    def signalled():
+        answer = torch.tensor(max(noted))  # what comes while the others are asked counts the next time
         if not alone:
-            dist.all_reduce(answer, group=group)
-        return answer.item() > 0
+            dist.all_reduce(answer, dist.ReduceOp.MAX, group)
+        return answer.item()
 
-    return terminated
+    return signalled
+
+
+@contextmanager
+def without_traceback():
+    """
+    Ctrl-C in the block leaves no traceback. The process still ends by SIGINT, which a shell calls status 130: so a loop
+    or a make around it ends too.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.excepthook = lambda *_: None
+        raise

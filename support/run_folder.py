@@ -34,23 +34,25 @@ class RunFolder:
     """
     The folder knobs.out_dir of a run of these `ranks`; `identity` is what a checkpoint of the same run must share: the
     fingerprint of the corpus, {name: fingerprint} of val_sets and the digest of the order. Rank 0 writes, and holds a
-    lock until `stack` is closed.
+    lock until `stack` is closed. Nothing is made before `begin`, so that a run that is refused leaves no trace.
 
     Raises UserError where another process writes there, or a run has begun there and is not to be resumed.
     """
 
     def __init__(self, knobs, ranks, identity, stack):
-        self.knobs, self.ranks, self.identity = knobs, ranks, identity
+        self.knobs, self.ranks, self.identity, self.stack = knobs, ranks, identity, stack
         self.path = knobs.out_dir
         self.ckpt_path, self.metrics_path = (os.path.join(self.path, name) for name in ("ckpt.pt", "metrics.jsonl"))
         self.resumed = knobs.init_from == "resume"
         self.entries = []  # the dot products since the last checkpoint, left on the device
-        self.wandb = None
-        if ranks.rank > 0:
-            return
+        self.metrics, self.wandb, self.wandb_id = None, None, None
+        if ranks.rank == 0 and os.path.exists(self.metrics_path):
+            self._open()
+
+    def _open(self):
         try:
             os.makedirs(self.path, exist_ok=True)
-            self.metrics = stack.enter_context(open(self.metrics_path, "ab", buffering=0))  # noqa: SIM115
+            self.metrics = self.stack.enter_context(open(self.metrics_path, "ab", buffering=0))  # noqa: SIM115
         except OSError as error:
             raise UserError(f"--out_dir={self.path}: {self.metrics_path}: {error.strerror}") from error
         lock(self.metrics, self.path)
@@ -74,16 +76,19 @@ class RunFolder:
         if found.get("format", 0) > FORMAT:
             mend = "resume it with the code that wrote it"
             raise UserError(f"{self.ckpt_path}: its format is {found['format']}, this code knows {FORMAT}; {mend}")
+        if found["iter_num"] > knobs.max_iters:
+            what = f"{self.ckpt_path} has {found['iter_num']} iterations already"
+            raise UserError(f"--max_iters={knobs.max_iters}: {what}; go on with a larger one")
         then, now = found["knobs"], asdict(knobs)
         for key, (default, why) in REMOVED.items():
             if then.get(key, default) != default:
                 raise UserError(f"{self.ckpt_path}: its run has {key} = {then[key]}, a knob that is gone: {why}")
         if list(found["val_sets"]) == list(self.identity["val_sets"]):  # the same names, as 'other/' and 'other' are
             now["val_sets"] = then["val_sets"]
-        for key in now:
-            if key not in FREE_KNOBS and then.get(key) != now[key]:
-                mend = f"resume with --{key}={then.get(key)}"
-                raise UserError(f"{self.ckpt_path}: its run has {key} = {then.get(key)}, not {now[key]}; {mend}")
+        other = [key for key in now if key not in FREE_KNOBS and then.get(key) != now[key]]
+        if other:
+            theirs, ours = (" ".join(f"--{key}={knobs.get(key)}" for key in other) for knobs in (then, now))
+            raise UserError(f"{ours}: the run of {self.ckpt_path} has others; resume with {theirs}")
         same = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"))
         same["order"] = "filter_from", "windows"
         for key, (flag, what) in same.items():
@@ -91,6 +96,7 @@ class RunFolder:
                 mend = "bring the old ones back, or train anew in another --out_dir"
                 raise UserError(f"--{flag}={now[flag]}: not the {what} that {self.ckpt_path} began with; {mend}")
         knobs.init_from = then["init_from"]  # what config.json shall go on saying
+        self.wandb_id = found.get("wandb_id")
         return found
 
     def cut_back(self, checkpoint):
@@ -116,11 +122,15 @@ class RunFolder:
             if reached != iter_num:
                 raise UserError(f"{self.path}/dot_prod: ends at iteration {reached}, {self.ckpt_path} at {iter_num}")
 
-    def describe(self, model, coverage):
-        """Write config.json, everything that it takes to repeat the run, and begin its record at W&B."""
+    def begin(self, model, coverage):
+        """Make the folder, begin its run at W&B or go on with it, and write config.json: all it takes to repeat it."""
         if self.ranks.rank > 0:
             return
         knobs = self.knobs
+        if not self.metrics:
+            self._open()
+        if knobs.wandb_log:
+            self._begin_wandb()
         git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
         try:
             commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -142,13 +152,29 @@ class RunFolder:
         with atomic_write(os.path.join(self.path, "config.json")) as file:
             file.write(json.dumps(description, indent=1).encode())
         print(f"{description['parameters']:,} parameters on {self.ranks.world} x {knobs.device}, {knobs.dtype}")
-        if knobs.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb_log=True: pip install wandb") from None
-            wandb.init(project=knobs.wandb_project, name=knobs.wandb_run_name, config=asdict(knobs))
-            self.wandb = wandb
+
+    def _begin_wandb(self):
+        knobs = self.knobs
+        name = knobs.wandb_run_name or os.path.basename(os.path.abspath(self.path))
+        try:
+            import wandb
+
+            run = wandb.init(
+                project=knobs.wandb_project, name=name, config=asdict(knobs), id=self.wandb_id, resume="allow"
+            )
+        except ImportError:
+            raise UserError("--wandb_log=True: pip install wandb") from None
+        except wandb.Error as error:
+            raise UserError(f"--wandb_log=True: {error}") from error
+        run.define_metric("*", step_metric="iter")
+        self.wandb, self.wandb_id = run, run.id
+
+    def summarise(self, value):
+        """Tell W&B the values of a finished run, (n,): their histogram and the share of negatives."""
+        if self.wandb:
+            from wandb import Histogram
+
+            self.wandb.summary.update({"values": Histogram(value), "negative_share": (value < 0).mean()})
 
     def record(self, metrics, line):
         """Append the dict `metrics` to metrics.jsonl, and print `line`."""
@@ -178,6 +204,7 @@ class RunFolder:
         with writing(self.metrics_path):
             os.fsync(self.metrics.fileno())
         said = dict(format=FORMAT, knobs=asdict(self.knobs), metrics_bytes=os.path.getsize(self.metrics_path))
+        said["wandb_id"] = self.wandb_id
         with atomic_write(self.ckpt_path) as file:
             torch.save(state | self.identity | said, file)
 
