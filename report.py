@@ -34,7 +34,8 @@ from support.files import atomic_write
 from support.run_folder import FREE_KNOBS
 from support.values import load_values, read_log
 
-FREE = FREE_KNOBS - {"max_iters"} | {"seed"}  # knobs that may differ between the runs of a group
+# knobs that may differ between the runs of a group
+FREE = FREE_KNOBS - {"max_iters", "filter_from", "filter_column"} | {"seed"}
 ARM = ("score", "val", "filter", "drop_random")  # beginnings of the knobs that make the arms of a comparison
 
 
@@ -278,7 +279,7 @@ def main(argv=None):
         raise UserError(f"--export={args.export}: {notes[-1]}")
     exported = scored | read_column(run.folder, args.filter_column) if args.export else {}
     # opened first, so that nothing is written where the export cannot be
-    with atomic_write(args.export) if args.export else nullcontext() as file:
+    with atomic_write(args.export, f".{os.getpid()}") if args.export else nullcontext() as file:
         files = write_figures(args.out, rows, loss, goal, scored)
         if args.export:
             files["export"] = args.export

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.figure import Figure
 
-from support.files import atomic_write
+from support.files import atomic_write, writing
 
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it warns of a font without a regular weight
 RC = {"font.size": 8.5, "legend.fontsize": 8, "legend.frameon": False, "hatch.linewidth": 0.6, "savefig.dpi": 200}
@@ -34,7 +34,8 @@ def number(cell, form, absent="–"):
 
 @functools.cache
 def has_glyph(family, c):
-    return font_manager.get_font(font_manager.findfont(family)).get_char_index(ord(c)) > 0
+    path = font_manager.findfont(font_manager.FontProperties(family=[family]))
+    return font_manager.get_font(path).get_char_index(ord(c)) > 0
 
 
 def printable(text, families=()):
@@ -159,8 +160,8 @@ def draw_windows(ax, highest, lowest):
             ax.text(x, y + 0.5, shorten(text, 90, 2), fontsize=6.2, family=mono, va="top", linespacing=1.6)
 
 
-def write_figures(out, rows, loss, goal, scored):
-    """Write loss.png and, of a `scored` run, values.png, report.png and windows.txt to `out`: {name: path}."""
+def draw_figures(rows, loss, goal, scored):
+    """loss.png and, of a `scored` run, values.png, report.png and windows.txt: {name: bytes}."""
     sides = {side: scored[side] for side in ("highest", "lowest") if side in scored}
     panels, made = {"loss.png": [["loss"]]}, {}
     if scored:
@@ -191,13 +192,22 @@ def write_figures(out, rows, loss, goal, scored):
     if sides:
         text = ""
         for side, windows in sides.items():
-            body = "\n\n".join(f"{heading}\n    {window}" for heading, window in windows)
-            text += f"{side.title()} values\n\n{body}\n\n"
-        made["windows.txt"] = text.replace("↵", "↵\n    ").encode()
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, ".lock"), "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # reports that write here at the same time follow each other, each whole
-        for name, content in made.items():
-            with atomic_write(os.path.join(out, name)) as file:
-                file.write(content)
-    return {name: os.path.join(out, name) for name in made}
+            text += f"{side.title()} values\n\n"
+            for heading, window in windows:
+                text += f"{heading}\n    " + window.replace("↵", "↵\n    ") + "\n\n"
+        made["windows.txt"] = text.encode()
+    return made
+
+
+def write_figures(out, rows, loss, goal, scored):
+    """Write what draw_figures gives to the folder `out`: {name: path}."""
+    paths = {}
+    with writing(out):
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, ".lock"), "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # reports that write here at the same time follow each other, each whole
+            for name, content in draw_figures(rows, loss, goal, scored).items():
+                paths[name] = os.path.join(out, name)
+                with atomic_write(paths[name]) as file:
+                    file.write(content)
+    return paths

@@ -12,6 +12,7 @@ from support.configurator import UserError, check
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+NO_PLACE |= {errno.ENOENT}  # as /proc says
 
 
 @contextmanager
@@ -32,12 +33,13 @@ def writing(path):
 
 
 @contextmanager
-def atomic_write(path):
+def atomic_write(path, process=""):
     """
     Yields a binary file under a temporary name; synced and renamed to `path` when the block ends without an error. Its
-    folder is made. Raises UserError where the system refuses to write it; `path` is then as it was.
+    folder is made. Raises UserError where the system refuses to write it; `path` is then as it was. If several
+    processes may write `path` at once, `process` tells their temporary files apart.
     """
-    folder, temporary = os.path.dirname(path) or ".", f"{path}.{os.getpid()}.tmp"
+    folder, temporary = os.path.dirname(path) or ".", f"{path}{process}.tmp"
     try:
         with writing(path):
             os.makedirs(folder, exist_ok=True)
