@@ -83,7 +83,7 @@ class Knobs:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# From documents to tokens
 
 
 def encode(tokenizer, text):
@@ -116,7 +116,7 @@ def batches_of(documents, characters=2**22, count=2**12):
 
 
 def by_chance(documents, knobs):
-    """(text, domain, split) of documents: the index of its split, 0, 1 or 2, follows from a document's and the seed."""
+    """(text, domain, split) of documents. The split, 0, 1 or 2, follows from the seed and the place among all."""
     edges = [1 - knobs.val_fraction - knobs.test_fraction, 1 - knobs.test_fraction]
     rng, split = np.random.default_rng(knobs.seed), 0
     for text, domain in documents:
@@ -150,11 +150,14 @@ def encoded(documents, tokenizer, knobs, counts):
     `counts` the characters, the documents that are 'empty', and left out, and those with text that is 'damaged'.
     """
     eot, room, begun = np.array([tokenizer.eot_token], dtype="<u2"), knobs.max_tokens or sys.maxsize, None
-    with ThreadPoolExecutor(knobs.num_proc) as pool, tqdm(unit="B", unit_scale=True, disable=None) as progress:
+    with (
+        ThreadPoolExecutor(knobs.num_proc) as pool,
+        tqdm(desc="encoding", unit="B", unit_scale=True, disable=None) as bar,
+    ):
         for batch in batches_of(documents):
             ids_of_batch = pool.map(lambda document: encode(tokenizer, document[0]), batch)
             for (text, domain, split), (ids, damaged) in zip(batch, ids_of_batch, strict=True):
-                progress.update(len(text))
+                bar.update(len(text))
                 if not text:
                     counts["empty"] += domain is not None
                     continue
@@ -205,8 +208,12 @@ def nanogpt_pieces(tokenizer, knobs):
                     domain = "all" if part[-1] == tokenizer.eot_token else None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# From tokens to files
+
+
 class EmptySplit(UserError):
-    pass
+    """No document fell into one of the splits."""
 
 
 class Split:
@@ -244,8 +251,9 @@ class Split:
 
 def write_corpus(pieces, tokenizer, folder):
     """
-    Write pieces, (ids, domain, split), into `folder` and return meta.json's part on them: domains, splits and
-    fingerprint. Raises EmptySplit, and leaves the folder as it was, where a split is empty.
+    Write pieces, (ids, domain, split), into `folder`. Returns what meta.json says about them (domains, splits and
+    fingerprint) and the number of tokens of every domain, a Counter. Raises EmptySplit, and leaves the folder as it
+    was, where a split is empty.
     """
     domains, by_domain = {}, Counter()
     with ExitStack() as stack:
@@ -264,16 +272,11 @@ def write_corpus(pieces, tokenizer, folder):
         if os.path.exists(f"{folder}/meta.json"):
             os.remove(f"{folder}/meta.json")  # files are replaced from here on: no corpus until it is written anew
         said = {split.name: split.finish() for split in splits}
-    for split in splits:
-        print(f"{split.name}: {split.documents:,} documents, {split.tokens:,} tokens")
-    if len(domains) > 1:
-        total, most = by_domain.total(), by_domain.most_common(20)
-        rest = f", and {len(domains) - 20} more" if len(domains) > 20 else ""
-        print("tokens by domain: " + ", ".join(f"{name} {n / total:.1%}" for name, n in most) + rest)
     # of the tokens, whatever their domains are
     counts = {name: {key: part[key] for key in ("tokens", "documents", "sha256")} for name, part in said.items()}
     identity = json.dumps([tokenizer.name, counts], sort_keys=True)
-    return dict(domains=list(domains), splits=said, fingerprint=hashlib.sha256(identity.encode()).hexdigest())
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return dict(domains=list(domains), splits=said, fingerprint=fingerprint), by_domain
 
 
 def write_checksums(bin_path, crc_path):
@@ -313,13 +316,13 @@ def main():
             raise UserError(f"--data_dir={knobs.data_dir}: {found}; name another folder") from error
         lock(held, folder, "a preparation", "name")
         try:
-            written = write_corpus(itertools.chain([first], pieces), tokenizer, folder)
+            written, by_domain = write_corpus(itertools.chain([first], pieces), tokenizer, folder)
         except EmptySplit as error:
             if taken_over:
                 raise
             print(f"{error.code.split(';')[0]}: the text is cut by position at line ends, train first and test last")
             documents, counts = by_position(documents_of(knobs), knobs, counts["characters"]), Counter()
-            written = write_corpus(encoded(documents, tokenizer, knobs, counts), tokenizer, folder)
+            written, by_domain = write_corpus(encoded(documents, tokenizer, knobs, counts), tokenizer, folder)
         meta = dict(
             name=knobs.name,
             source=knobs.source,
@@ -333,6 +336,12 @@ def main():
         )
         with atomic_write(f"{folder}/meta.json") as file:
             file.write(json.dumps(meta | {"checksum": checksum_of(meta)}, indent=1).encode())
+    for split, part in written["splits"].items():
+        print(f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens")
+    if len(by_domain) > 1:
+        total, most = by_domain.total(), by_domain.most_common(20)
+        rest = f", and {len(by_domain) - 20} more" if len(by_domain) > 20 else ""
+        print("tokens by domain: " + ", ".join(f"{name} {n / total:.1%}" for name, n in most) + rest)
     if counts["empty"]:
         print(f"{counts['empty']:,} documents had no text and were left out")
     if counts["damaged"]:

@@ -53,7 +53,9 @@ def documents_of(knobs):
 
 
 def paths_of(knobs):
-    """The files that knobs.source names, none where it is a data set for the library `datasets`."""
+    """The files that knobs.source names; none of the embedded corpus and of data sets for the library `datasets`."""
+    if knobs.source == "python":
+        return []
     paths = []
     for part in [knobs.source] if os.path.exists(knobs.source) else knobs.source.split(","):
         found = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
@@ -65,7 +67,7 @@ def paths_of(knobs):
             below = [path]
             if os.path.isdir(path):
                 card = pathlib.Path(path, "README.md")
-                if knobs.config or (card.is_file() and "\nconfigs:\n" in card.read_text(errors="replace")):
+                if knobs.config or (card.is_file() and "\nconfigs:\n" in card.read_text("utf-8", "replace")):
                     return []  # it describes configurations, as the hub's data sets do
                 below = sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))
                 below = [name for name in below if kind_of(name)[0] in KINDS and os.path.isfile(name)]

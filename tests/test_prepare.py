@@ -255,6 +255,18 @@ def test_a_mistake_costs_no_corpus(jsonl, tmp_path, monkeypatch):
         assert load_meta(f"{tmp_path}/texts") == meta and documents_of(f"{tmp_path}/texts") == found
 
 
+def test_a_corpus_is_whole_before_its_summary_is_printed(jsonl, tmp_path, monkeypatch):
+    """The terminal may be gone by then, or lack the letters of a domain."""
+
+    def closed(*arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(prepare_owt, "print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        prepare(monkeypatch, f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}")
+    assert set(documents_of(f"{tmp_path}/texts")) == set(TEXTS)
+
+
 def test_meta_has_the_digests_of_the_files(jsonl, tmp_path, monkeypatch):
     prepare(monkeypatch, f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}")
     meta = load_meta(f"{tmp_path}/texts")
