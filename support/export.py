@@ -49,7 +49,7 @@ def document_rows(scored, T):
         texts = [text.removesuffix("<|endoftext|>") for text in texts]
         domains = [scored["domains"][domain] for domain in documents["domain"][some]]
         rows = dict(document=some, start=start, end=end, text=texts, domain=domains, value=value)
-        yield rows | dict(visits=visits / (high - low), scored_tokens=np.rint((high - low) * T), kept=value >= 0)
+        yield rows | dict(visits=visits / (high - low), scored_tokens=np.rint((high - low) * T).astype(int), kept=value >= 0)
 
 
 def text_of(tokens, encoding):
