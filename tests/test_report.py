@@ -8,7 +8,6 @@ import runpy
 import sys
 import time
 
-import datasets
 import matplotlib.image
 import numpy as np
 import pytest
@@ -413,6 +412,7 @@ def test_more_domains_than_fit_are_cut_to_the_largest():
 
 
 def test_the_scored_windows_are_a_data_set_of_text_and_values(no_figures, corpus, capsys):
+    datasets = pytest.importorskip("datasets")
     value, visits = 1e-6 * (np.arange(40) - 10), np.full(40, 4)
     both, errors = np.stack([value, -value], 1), np.stack([value**2, np.arange(40) / 7], 1)
     edit_values(make_baseline(), columns=np.array(["all:sgd", "odd:sgd"]), value=value, values=both, errors=errors)
