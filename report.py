@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from support.configurator import UserError
+from support.configurator import UserError, check
 from support.corpus import get_tokenizer, load_meta, open_split, window_domains
 from support.export import export, read_column
 from support.figures import number, printable, write_figures
@@ -85,10 +85,10 @@ def read_run(folder, test_set="all"):
         raise UserError(f"{found}; train it with python train.py config/<...>.py --out_dir={folder}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: not what train.py writes ({type(error).__name__}: {error}); {mend}") from error
-    if not losses:
-        mend = mend if test_set == "all" else f"--test_set={test_set} needs a run with --val_sets=all,{test_set}"
-        raise UserError(f"{metrics_path}: {len(lines)} training lines and no evaluation with a {key}; {mend}")
+    mend = mend if test_set == "all" else f"--test_set={test_set} needs a run with --val_sets=all,{test_set}"
+    check(losses, f"{metrics_path}: {len(lines)} training lines and no evaluation with a {key}; {mend}")
     iters, losses = np.array(list(losses)), np.array(list(losses.values()))
+    losses[np.isinf(losses)] = np.nan  # no axis can show it
     has_values = knobs["score"] and os.path.isfile(os.path.join(folder, "values.npz"))
     return Run(folder, config, knobs, iters, losses, lines, has_values, bits_per_byte)
 
@@ -155,8 +155,7 @@ def compare(groups, reference, target_loss=None):
         for run in runs:
             theirs = by_seed.get(run.knobs["seed"], groups[reference][0])
             target = float(theirs.losses[-1]) if target_loss is None else target_loss
-            if not np.isfinite(target):
-                raise UserError(f"{reference}: its test loss ends at {target}; give a --target_loss=<nats>")
+            check(np.isfinite(target), f"{reference}: its test loss ends at {target}; give a --target_loss=<nats>")
             iterations, whole = (first_crossing(one.iters, one.losses, target) for one in (run, theirs))
             saved = 1 - iterations / whole if iterations is not None and whole else None
             found = dict(target=target, iterations=iterations, saved=saved, final_loss=run.losses[-1])
@@ -219,8 +218,8 @@ def read_scored(run):
     if not os.path.isdir(folder):
         return scored
     meta = load_meta(folder)
-    if meta["fingerprint"] != run.config["fingerprint"]:
-        raise UserError(f"{folder}: not the corpus that {run.folder} was trained on; prepare that one again")
+    same = meta["fingerprint"] == run.config["fingerprint"]
+    check(same, f"{folder}: not the corpus that {run.folder} was trained on; prepare that one again")
     tokens, encoding = open_split(folder, "train", meta), get_tokenizer(meta["tokenizer"])
     pieces = np.array_split(sample_id, len(value) // 2**20 + 1)  # so that memory does not grow with the windows
     domain = np.concatenate([window_domains(folder, "train", ids, T, meta) for ids in pieces])
@@ -249,17 +248,16 @@ def main(argv=None):
     parser.add_argument("--export_by", choices=["window", "document"], default="window", help="the rows of --export")
     parser.add_argument("--filter_column", default="", metavar="NAME", help="--export goes by another column of values")
     args = parser.parse_args(argv)
-    if args.export and (not args.export.endswith((".jsonl", ".parquet")) or os.path.isdir(args.export)):
-        raise UserError(f"--export={args.export}: expected a file whose name ends in .jsonl or .parquet")
+    fits = not args.export or (args.export.endswith((".jsonl", ".parquet")) and not os.path.isdir(args.export))
+    check(fits, f"--export={args.export}: expected a file whose name ends in .jsonl or .parquet")
     runs = {os.path.realpath(folder): read_run(folder, args.test_set) for folder in args.runs}
     first = next(iter(runs.values()))
     for run in runs.values():
-        if run.config["fingerprint"] != first.config["fingerprint"]:
-            raise UserError(f"{first.folder} and {run.folder} were trained on different corpora; report each by itself")
+        same = run.config["fingerprint"] == first.config["fingerprint"]
+        check(same, f"{first.folder} and {run.folder} were trained on different corpora; report each by itself")
     controls = [path for path, run in runs.items() if run.arm == "control"]
     chosen = os.path.realpath(args.reference) if args.reference else [*controls, *runs][0]
-    if chosen not in runs:
-        raise UserError(f"--reference={args.reference}: not among the runs; add it to them")
+    check(chosen in runs, f"--reference={args.reference}: not among the runs; add it to them")
     groups = group_runs(runs.values())
     reference = next(name for name, group in groups.items() if runs[chosen] in group)
     rows = compare(groups, reference, args.target_loss)
@@ -275,8 +273,7 @@ def main(argv=None):
         notes.append(f"Values in the figures: {run.folder}, column {scored['log']['directions'][0]}.")
     if scored and "domain" not in scored:
         notes.append(f"The corpus {run.knobs['dataset']} is not here, so there are no domains and no windows as text.")
-    if args.export and "domain" not in scored:
-        raise UserError(f"--export={args.export}: {notes[-1]}")
+    check(not args.export or "domain" in scored, f"--export={args.export}: {notes[-1]}")
     exported = scored | read_column(run.folder, args.filter_column) if args.export else {}
     # opened first, so that nothing is written where the export cannot be
     with atomic_write(args.export, f".{os.getpid()}") if args.export else nullcontext() as file:
@@ -284,7 +281,8 @@ def main(argv=None):
         if args.export:
             files["export"] = args.export
             count, kept = export(file, args.export, args.export_by, exported, run.knobs["block_size"])
-            notes.append(f"Export: {args.export}, {count:,} {args.export_by}s of {run.folder}, {kept:,} of them kept.")
+            column = args.filter_column or scored["log"]["directions"][0]
+            notes.append(f"Export: {args.export}, {count:,} {args.export_by}s by {column}, {kept:,} of them kept.")
     if args.json:
         shown = [{key: value for key, value in row.items() if key != "runs"} for row in rows]
         print(json.dumps(dict(rows=shown, notes=notes, files=files), indent=1, allow_nan=False))

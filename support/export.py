@@ -48,8 +48,9 @@ def document_rows(scored, T):
         texts = [text_of(tokens.span(*ends), scored["encoding"]) for ends in zip(start, end, strict=True)]
         texts = [text.removesuffix("<|endoftext|>") for text in texts]
         domains = [scored["domains"][domain] for domain in documents["domain"][some]]
+        scored_tokens = np.rint((high - low) * T).astype(int)
         rows = dict(document=some, start=start, end=end, text=texts, domain=domains, value=value)
-        yield rows | dict(visits=visits / (high - low), scored_tokens=np.rint((high - low) * T), kept=value >= 0)
+        yield rows | dict(visits=visits / (high - low), scored_tokens=scored_tokens, kept=value >= 0)
 
 
 def text_of(tokens, encoding):

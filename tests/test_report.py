@@ -8,7 +8,6 @@ import runpy
 import sys
 import time
 
-import datasets
 import matplotlib.image
 import numpy as np
 import pytest
@@ -413,15 +412,18 @@ def test_more_domains_than_fit_are_cut_to_the_largest():
 
 
 def test_the_scored_windows_are_a_data_set_of_text_and_values(no_figures, corpus, capsys):
+    datasets = pytest.importorskip("datasets")
     value, visits = 1e-6 * (np.arange(40) - 10), np.full(40, 4)
     both, errors = np.stack([value, -value], 1), np.stack([value**2, np.arange(40) / 7], 1)
     edit_values(make_baseline(), columns=np.array(["all:sgd", "odd:sgd"]), value=value, values=both, errors=errors)
     found = {}
     for name, flags in (("a.jsonl", []), ("new/a.parquet", []), ("odd.jsonl", ["--filter_column=odd:sgd"])):
+        column = "odd:sgd" if flags else "all:sgd"
         _, notes = printed(capsys, "out/baseline", f"--export={name}", *flags)
         kind = name.split(".")[1].replace("jsonl", "json")
         found[name] = list(datasets.load_dataset(kind, data_files=name, split="train", cache_dir="cache"))
-        assert f"Export: {name}, 40 windows of out/baseline, {sum(row['kept'] for row in found[name])} of" in notes
+        kept = sum(row["kept"] for row in found[name])
+        assert f"Export: {name}, 40 windows by {column}, {kept} of them kept." in notes
     assert found["a.jsonl"] == found["new/a.parquet"] and not os.path.exists("a.jsonl.tmp")
     rows = {key: [row[key] for row in found["a.jsonl"]] for key in found["a.jsonl"][0]}
     assert rows["sample_id"] == list(range(40)) and rows["visits"] == visits.tolist()
@@ -541,7 +543,7 @@ def test_an_unfinished_run_is_marked(no_figures, capsys):
 
 
 def test_a_run_that_diverged_has_no_number_and_is_no_reference(capsys):
-    make_run("out/control", [5, 4, float("nan"), float("nan"), float("nan")], **CONTROL)
+    make_run("out/control", [float("inf"), 4, float("nan"), float("nan"), float("nan")], **CONTROL)
     make_run("out/filtered", [5, 4, 3, 2, 1], **FILTERED)
     with pytest.raises(UserError, match="control: its test loss ends at nan; give a --target_loss"):
         report.main(["out/control", "out/filtered"])
