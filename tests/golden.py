@@ -54,12 +54,17 @@ def record(checkout, folder):
             call("train.py", *line.split(), f"--out_dir=out/{name}", launcher=launcher)
 
 
+def ignored(key):
+    """Times, and what follows from the test losses."""
+    return key in TIMES or key.startswith("test_bpb")
+
+
 def numbers(folder, name):
     """{what: array or JSON value} of one run."""
     found = {}
     with open(f"{folder}/out/{name}/metrics.jsonl", encoding="utf-8") as file:
         for n, line in enumerate(file):
-            found |= {f"metrics.{n}.{key}": v for key, v in json.loads(line).items() if key not in TIMES}
+            found |= {f"metrics.{n}.{key}": v for key, v in json.loads(line).items() if not ignored(key)}
     for path in sorted(glob.glob(f"{folder}/out/{name}/dot_prod/*.pt")):
         log = torch.load(path, weights_only=True)
         found |= {

@@ -133,13 +133,15 @@ def test_killed_on_two_processes_and_resumed_on_four_and_on_one(home):  # noqa: 
     same_run("out/x", "out/whole", exact=False)
 
 
-def test_sigterm_to_one_rank_ends_all_after_the_same_step(home):  # noqa: F811
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(home, number, status):  # noqa: F811
     ranks = start_ranks(2, f"{FLAGS} --max_iters=100000 --out_dir=out/x")
     wait_for("out/x/dot_prod/dot_prod_log_iter_6.pt")
-    ranks[1].terminate()
+    ranks[1].send_signal(number)
     outs = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outs
-    assert "SIGTERM: stopped after" in outs[0][0]
+    assert [rank.returncode for rank in ranks] == [status, status], outs
+    assert f"{number.name}: stopped after" in outs[0][0]
+    assert "Traceback" not in outs[0][1] + outs[1][1]
 
 
 @pytest.mark.parametrize("lost, how", [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
@@ -170,7 +172,14 @@ def test_two_agents_meet_at_a_rendezvous(home):  # noqa: F811
 
 
 def test_a_batch_that_does_not_divide_is_refused(home, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="gradient_accumulation_steps=4 does not divide by 3 processes; start as many"):
         call(train.main, FLAGS)
+
+
+def test_a_rank_without_the_rest_of_torchrun_s_environment_is_refused(home, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="RANK=0 is in the environment, but no LOCAL_RANK, WORLD_SIZE.*unset RANK"):
+        call(train.main, FLAGS)
+    assert not os.path.exists("out")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from multiprocessing.forkserver import ensure_running
 
 import numpy as np
@@ -196,6 +197,90 @@ def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(home):  # noqa: F81
     call(train.main, f"{flags} --out_dir=out/stopped --init_from=resume")
     call(train.main, f"{flags} --out_dir=out/whole")
     same_run("out/stopped", "out/whole")
+
+
+def test_ctrl_c_ends_a_run_as_sigterm_does_and_a_second_one_at_once(home, monkeypatch, capsys):  # noqa: F811
+    get_lr, handlers = train.get_lr, []
+
+    def interrupted(it, knobs):
+        if it == 5:
+            signal.raise_signal(signal.SIGINT)
+            handlers.append(signal.getsignal(signal.SIGINT))
+        return get_lr(it, knobs)
+
+    monkeypatch.setattr(train, "get_lr", interrupted)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which is silenced
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        call(train.main, f"{SCORED} --out_dir=out/stopped")
+    assert (
+        "SIGINT: stopped after 6 iterations; go on from the last checkpoint in out/stopped" in capsys.readouterr().out
+    )
+    assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) == before
+    monkeypatch.setattr(train, "get_lr", get_lr)
+    call(train.main, f"{SCORED} --out_dir=out/stopped --init_from=resume")
+    call(train.main, f"{SCORED} --out_dir=out/whole")
+    same_run("out/stopped", "out/whole")
+
+
+def test_a_run_does_not_go_back_behind_its_end(home):  # noqa: F811
+    call(train.main, f"{SCORED} --out_dir=out/x --lr_decay_iters=16")
+    before = {path: path.read_bytes() for path in (home / "out/x").rglob("*") if path.is_file()}
+    flags = f"{SCORED} --out_dir=out/x --init_from=resume --lr_decay_iters=16"
+    refused(f"{flags} --max_iters=5", "--max_iters=5: out/x/ckpt.pt has 8 iterations already")
+    refused(f"{SCORED} --out_dir=out/x --init_from=resume --max_iters=5", "--max_iters=5: out/x/ckpt.pt has 8")
+    refused(f"{SCORED} --out_dir=out/x --init_from=resume --seed=1", "--seed=1 --lr_decay_iters=8: .*resume with")
+    assert before == {path: path.read_bytes() for path in (home / "out/x").rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_that_is_resumed_writes_its_values_again(home):  # noqa: F811
+    call(train.main, f"{SCORED} --out_dir=out/x")
+    shutil.copytree("out/x", "out/whole")
+    os.remove("out/x/values.npz")
+    call(train.main, f"{SCORED} --out_dir=out/x --init_from=resume")
+    same_run("out/x", "out/whole")
+
+
+class FakeWandb(types.ModuleType):
+    """What train.py uses of W&B; `runs` has {id: all that was told}."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.fails = {}, False
+
+    def init(self, project, name, config, id, resume):
+        if self.fails:
+            raise self.Error("No API key configured.")
+        run = types.SimpleNamespace(id=id or f"new{len(self.runs)}", name=name, resume=resume, summary={}, said=[])
+        run.said = self.runs[run.id].said if run.id in self.runs else []
+        run.log, run.define_metric = run.said.append, lambda name, step_metric: None
+        self.runs[run.id] = run
+        return run
+
+    def Histogram(self, value):
+        return "histogram", len(value)
+
+
+def test_a_resumed_run_is_the_same_run_at_wandb(home, monkeypatch):  # noqa: F811
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    flags = f"{SCORED} --wandb_log=True --out_dir=out/mine"
+    call(train.main, f"{flags} --max_iters=6 --lr_decay_iters=8")
+    call(train.main, f"{flags} --init_from=resume")
+    (run,) = wandb.runs.values()
+    assert (run.name, run.resume) == ("mine", "allow")
+    value = load_values("out/mine")[1]
+    assert run.summary == {"values": ("histogram", len(value)), "negative_share": (value < 0).mean()}
+    said = [line["iter"] for line in run.said if "loss" in line]
+    assert said == [0, 2, 4, 5, 6, 7] and {"test_loss", "test_bpb"} <= run.said[0].keys()
+    call(train.main, f"{SCORED} --wandb_log=True --wandb_run_name=other --out_dir=out/x --max_iters=3")
+    assert len(wandb.runs) == 2 and run.id != wandb.runs["new1"].id and wandb.runs["new1"].name == "other"
+    wandb.fails = True
+    refused(f"{SCORED} --wandb_log=True --out_dir=out/y", "--wandb_log=True: No API key configured")
+    assert not os.path.exists("out/y/config.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,9 +468,7 @@ def test_a_filter_and_corpora_are_known_by_what_they_are_and_not_by_their_paths(
     flags = f"{TINY} --lr_decay_iters=16 --out_dir=out/x --init_from=resume --max_iters=12"
     refused(f"{flags} {elsewhere} --filter_from={finished}/none", "none/values.npz: no such file")
     refused(f"{flags} {elsewhere}", "--filter_from=: not the windows that out/x/ckpt.pt began with")
-    refused(
-        f"{flags} --val_sets=all --filter_from=elsewhere", "val_sets = other, not all; resume with --val_sets=other"
-    )
+    refused(f"{flags} --val_sets=all --filter_from=elsewhere", "--val_sets=all: .*resume with --val_sets=other")
     call(train.main, f"{flags} {elsewhere} --filter_from=elsewhere/. --filter_column=all:adam")
     call(train.main, f"{TINY} --lr_decay_iters=16 --val_sets=other --filter_from=elsewhere --out_dir=y --max_iters=12")
     x, y = ([line for line in metrics(run) if "test_loss" in line] for run in ("out/x", "y"))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from golden import TIMES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prepare_owt
@@ -45,7 +46,7 @@ def metrics(out_dir):
     """metrics.jsonl without the timings."""
     with open(os.path.join(out_dir, "metrics.jsonl"), encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    return [{k: v for k, v in line.items() if k not in ("step_ms", "val_ms", "tokens_per_s")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +227,13 @@ def test_the_out_dir_and_the_checkpoint_are_checked(home):
     refused(f"{TINY} --out_dir=out/x --init_from=resume", "out/x/ckpt.pt: no such file; start the run")
     call(train.main, f"{TINY} --out_dir=out/x")
     refused(f"{TINY} --out_dir=out/x", "out/x: holds a run already.*--init_from=resume")
-    refused(f"{TINY} --out_dir=out/x --init_from=resume --n_embd=32", "n_embd = 16, not 32; resume with --n_embd=16")
-    refused(f"{TINY} --out_dir=out/y --init_from=out/x/ckpt.pt --n_layer=2", "its n_layer is 1, this run's is 2")
+    refused(
+        f"{TINY} --out_dir=out/x --init_from=resume --n_embd=32",
+        "--n_embd=32: the run of out/x/ckpt.pt has .*--n_embd=16",
+    )
+    refused(
+        f"{TINY} --out_dir=out/y --init_from=out/x/ckpt.pt --n_layer=2", "a model of another shape; use --n_layer=1"
+    )
     call(train.main, f"{TINY} --out_dir=out/y --init_from=out/x/ckpt.pt")  # the weights alone: another run
     meta = json.loads((home / "data/tiny/meta.json").read_text())
     meta["fingerprint"] = "0" * 64
@@ -260,6 +266,38 @@ def test_no_gpu_no_wandb(home, monkeypatch):
     refused(f"{TINY} --wandb_log=True --out_dir=out/w", "pip install wandb")
 
 
+def test_a_run_that_cannot_compile_is_refused_before_its_folder_is_made(home, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(home / "cache"))
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-compiler")}):
+        refused(f"{TINY} --compile=True --out_dir=out/x", "--compile=True: .*No working C.. compiler.*--compile=False")
+    assert not os.path.exists("out")
+
+
+def test_a_folder_that_cannot_be_made_is_named(home):
+    (home / "file").write_text("")
+    for folder in ("file", "file/x", "/proc/x"):
+        refused(f"{TINY} --out_dir={folder}", f"--out_dir={folder}: ")
+
+
+def test_a_refused_run_leaves_no_trace(home):
+    (home / "bad.pt").write_bytes(b"not a checkpoint")
+    for flags in ("--init_from=bad.pt", "--init_from=resume", "--init_from=no/model", "--vocab_size=100"):
+        refused(f"{TINY} --out_dir=out/x {flags}", "bad.pt|ckpt.pt|no/model|vocab_size")
+        assert not os.path.exists("out")
+
+
+def test_bits_per_byte_stand_beside_every_test_loss(home, capsys):
+    """A token of the byte tokenizer is a byte, but for the end-of-text tokens."""
+    call(train.main, f"{TINY} --val_sets=even,all --out_dir=out/x")
+    assert "test loss even" in capsys.readouterr().out
+    for line in metrics("out/x"):
+        for name in [name for name in line if name.startswith("test_loss")]:
+            bits = line[name] / np.log(2)
+            assert bits <= line[name.replace("loss", "bpb")] < 1.05 * bits
+        assert "test_loss" not in line or line["test_bpb"] > line["test_loss"] / np.log(2)
+    assert sum("test_bpb_even" in line and "test_bpb" in line for line in metrics("out/x")) == 3
+
+
 def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(home):
     result = subprocess.run([sys.executable, f"{ROOT}/train.py", "--bach_size=3"], capture_output=True, text=True)
     assert result.returncode == 1 and result.stdout == ""
@@ -275,9 +313,47 @@ def test_training_from_pretrained_weights(home):
     assert config["model"]["vocab_size"] == 300 and config["model"]["n_layer"] == 1
     call(train.main, f"{TINY} --init_from=resume --score=True --out_dir=out/x")
     assert config["model"]["block_size"] == 16
-    refused(
-        f"{TINY} --init_from=gpt2-tiny --block_size=64 --out_dir=out/y", "--block_size=64: gpt2-tiny has 32 positions"
-    )
+    flags = f"{TINY} --init_from=gpt2-tiny --out_dir=out/y"
+    refused(f"{flags} --block_size=64", "--block_size=64: gpt2-tiny has 32 positions")
+    changed = json.loads((home / "gpt2-tiny/config.json").read_text()) | dict(activation_function="relu")
+    (home / "gpt2-tiny/config.json").write_text(json.dumps(changed))
+    refused(flags, "--init_from=gpt2-tiny: its configuration has activation_function = relu")
+    assert not os.path.exists("out/y")
+
+
+def as_nanogpt(path):
+    """The checkpoint of a run as nanoGPT writes it: compiled, with the masks of older PyTorch, nothing of ours."""
+    ours = torch.load(path, weights_only=True)
+    weights = {f"_orig_mod.{key}": value for key, value in ours["model"].items()}
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(16, 16).tril()[None, None]
+    torch.save(dict(model=weights, model_args=ours["model_args"], iter_num=8, config={}), "nanogpt.pt")
+    return ours["model"]
+
+
+def test_a_checkpoint_of_nanogpt_is_loaded_whole_or_cropped_to_a_smaller_block(home):
+    call(train.main, f"{TINY} --out_dir=out/x")
+    theirs, flags = as_nanogpt("out/x/ckpt.pt"), f"{TINY} --init_from=nanogpt.pt --learning_rate=0 --min_lr=0"
+    call(train.main, f"{flags} --out_dir=out/y")
+    call(train.main, f"{flags} --out_dir=out/z --block_size=8")
+    for run, length in dict(y=16, z=8).items():
+        found = torch.load(f"out/{run}/ckpt.pt", weights_only=True)
+        assert found["model_args"]["block_size"] == length
+        for key, value in found["model"].items():
+            assert torch.equal(value, theirs[key][:length] if "wpe" in key else theirs[key])
+    call(train.main, f"{flags} --out_dir=out/z --block_size=8 --init_from=resume --max_iters=9 --lr_decay_iters=8")
+
+
+def test_a_model_of_another_shape_names_all_its_flags_at_once(home):
+    call(train.main, f"{TINY} --out_dir=out/x --bias=False")
+    flags = f"{TINY} --init_from=out/x/ckpt.pt --out_dir=out/y"
+    refused(f"{flags} --n_layer=2 --n_head=4 --n_embd=32", "use --n_layer=1 --n_head=2 --n_embd=16 --bias=False$")
+    refused(f"{flags} --bias=False --block_size=32", "--block_size=32: out/x/ckpt.pt has 16 positions")
+    refused(f"{flags} --bias=False --vocab_size=300", "use --vocab_size=257$")
+    found = torch.load("out/x/ckpt.pt", weights_only=True)
+    found["model_args"]["rotary"] = True
+    torch.save(found, "out/x/ckpt.pt")
+    refused(flags, "out/x/ckpt.pt: a model with other settings than nanoGPT's .*rotary")
+    assert not os.path.exists("out/y")
 
 
 class _NumbersRead(TorchDispatchMode):
@@ -305,7 +381,7 @@ class _NumbersRead(TorchDispatchMode):
 )
 def test_a_step_reads_nothing_from_its_device(home, monkeypatch, flags):
     """On a GPU every such read would have a step wait: a longer run reads no more than a shorter one."""
-    monkeypatch.setattr(train, "watch_sigterm", lambda *_: lambda: False)  # its number is a CPU's on every device
+    monkeypatch.setattr(train, "watch_signals", lambda *_: lambda: 0)  # its number is a CPU's on every device
     read, counts = [], []
 
     def counted(method):
