@@ -65,8 +65,7 @@ def test_a_scored_step_is_that_of_the_cpu_in_float32(monkeypatch, tmp_path, devi
     expected = scored_step("cpu", "float32")
     for ours, theirs in zip(scored_step(device, dtype), expected, strict=True):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
-    assert bool(operators.weight_gradients) == (device == "cuda")
-    assert kernels.PLAIN not in operators.weight_gradients.values()
+    assert bool(set(operators.weight_gradients.values()) - {kernels.PLAIN}) == (device == "cuda")  # a kernel was used
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
