@@ -5,7 +5,7 @@ Text -> tokens: data/<name>/{train,val,test}.bin, where each document begins, an
     python prepare_owt.py --max_tokens=100000000                                 # its beginning, without the download
     python prepare_owt.py --source=<hub id> --domain_field=meta.pile_set_name    # another text data set of the hub
     python prepare_owt.py --source='texts/*.parquet' --name=mine --text_field=text --domain_field=domain
-    python prepare_owt.py --source=input.txt --tokenizer=bytes                   # a file or a folder of them
+    python prepare_owt.py --source=input.txt,notes/ --name=mine --tokenizer=bytes # files and folders of them
     python prepare_owt.py --source=../nanoGPT/data/openwebtext                   # train.bin and val.bin, taken over
     python prepare_owt.py --source=python                                        # this Python's own library, as bytes
 
@@ -46,7 +46,7 @@ from support.sources import KINDS, MARKS, documents_of, kind_of, paths_of
 
 @dataclass
 class Knobs:
-    source: str = "Skylion007/openwebtext"  # a hub id, 'python', a folder of nanoGPT, or files, folders, globs: a.txt,b/*.csv
+    source: str = "Skylion007/openwebtext"  # a hub id, 'python', or files, folders, globs: a.txt,b/*.csv
     config: str = ""  # the configuration of a hub's data set, or of a local folder of that kind, with several
     split: str = "train"  # of the hub's data set
     text_field: str = "text"  # where a document's text stands
