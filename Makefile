@@ -54,8 +54,18 @@ lint: .venv/installed-test
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 
+# an environment of another Python than the one that is asked for is made anew
+version = $(shell { $(1) -V; } 2>/dev/null)
+ifeq ($(origin PYTHON), command line)
+ifneq ($(call version,$(VENV)/python), $(call version,$(PYTHON)))
+.PHONY: .venv/installed
+endif
+endif
+
 .venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	'$(PYTHON) is Python %d.%d, and 3.11 or later is needed: make PYTHON=python3.12 $(MAKECMDGOALS)' % v[:2])"
+	test "$(call version,$(VENV)/python)" = "$(call version,$(PYTHON))" || $(PYTHON) -m venv --clear .venv
 	$(VENV)/python -m pip install --quiet -r requirements.txt
 	touch $@
 

@@ -7,11 +7,11 @@ What scoring costs: a scored step beside a plain one, stock PyTorch's and one ba
     python bench.py --budget               # on paper: operations, bytes and times of a step's parts on an H100, no GPU
     python bench.py --budget --gpu=A100 --batch_size=32 --json                    # its knobs: --budget --help
 
-A step is forward, backward and AdamW, without clipping. (a) stock: the same model of torch.nn modules, all logits at
-once; (b) plain: model.py without alpha; (c) val: the validation gradient alone; (d) scored: (c), the direction, and a
-step with alpha; (e) order2: (b), (c) at the step's midpoint, and the batch again with alpha; (f) brute: (c) and a
-backward pass for each sample. The arms take turns within a round, the first of
-a round moves on by one, and every ratio is of two times of the same round: medians and quartiles over the rounds.
+A step is forward, backward and AdamW, without clipping. (a) stock: cross-entropy on all logits at once, as in nanoGPT;
+(b) plain: model.py without alpha; (c) val: the validation gradient alone; (d) scored: (c), the direction, and a step
+with alpha; (e) order2: (b), (c) at the step's midpoint, and the batch again with alpha; (f) brute: (c) and a backward
+pass for each sample. The arms take turns within a round, and each round begins with the next of them. Every ratio is of
+two times of the same round: medians and quartiles over the rounds.
 overhead = (scored - val) / plain - 1 is what scoring costs beyond the validation windows; total = scored / plain - 1;
 order2_over_plain = (order2 - val) / plain.
 
@@ -25,25 +25,24 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from collections import deque
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import data_value
 from data_value import (
     attach_directions,
+    choose_kernels,
     precondition,
     retreat_to_midpoint,
     set_direction,
     validation_gradient,
-    weight_gradient_shapes,
 )
 from model import GPT, GPTConfig
-from support import kernels, operators
-from support.configurator import UserError, configure
+from support.configurator import UserError, check_each, configure
+from support.cost import estimate_mfu, memory_mb, peak_tflops
 from support.processes import keep_freed_memory
 
 
@@ -63,53 +62,32 @@ class Knobs:
     value_direction: str = "adam"  # or 'sgd'
     n_directions: int = 1  # dotted in the same backward, all made of the same validation windows
     rounds: int = 15
-    peak_tflops: float = 0.0  # of the GPU in dtype, for MFU; 0: as in PEAK_TFLOPS, or MFU is not printed
+    peak_tflops: float = 0.0  # of the GPU in dtype, for MFU; 0: as support/cost.py has it, or MFU is not printed
     json: bool = False  # an object instead of the table
     memory_of: str = ""  # used by the bench itself: measure the peak of this arm and stop
 
     def __post_init__(self):
-        for key, allowed in dict(dtype=("float32", "bfloat16"), value_direction=("sgd", "adam")).items():
-            if getattr(self, key) not in allowed:
-                raise UserError(f"--{key}={getattr(self, key)}: expected {' or '.join(allowed)}")
-        for key, value in asdict(self).items():
-            if type(value) is int and value < 1:
-                raise UserError(f"--{key}={value}: must be positive")
-        if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
+        check_each(self, dtype=("float32", "bfloat16"), value_direction=("sgd", "adam"))
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device={self.device}: no GPU is available here; use --device=cpu")
         if self.device.startswith("cuda"):  # events and memory are the current device's
             torch.cuda.set_device(torch.device(self.device).index or 0)
 
 
-# dense bfloat16, from NVIDIA's data sheets
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
+def gpt_config(knobs, **changed):
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
+    return GPTConfig(**{name: getattr(knobs, name) for name in names} | changed)
 
 
 class StockGPT(GPT):
-    """The same GPT of torch.nn's modules and cross-entropy on all logits: what nanoGPT computes."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        stock = {data_value.Linear: nn.Linear, data_value.LossHead: nn.Linear}
-        stock |= {data_value.LayerNorm: nn.LayerNorm, data_value.Embedding: nn.Embedding}
-        for module in self.modules():
-            if type(module) in stock:
-                module.__class__ = stock[type(module)]  # the parameters stay, the forward is torch.nn's
+    """
+    What nanoGPT computes: cross-entropy on all logits at once. Nothing else differs: without alpha every layer is its
+    torch.nn namesake.
+    """
 
     def forward(self, idx, targets):
-        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(idx.size(1), device=idx.device))
-        for block in self.transformer.h:
-            x = x + self.attention(block.attn, block.ln_1(x))
-            x = x + block.mlp.c_proj(block.mlp.gelu(block.mlp.c_fc(block.ln_2(x))))
-        logits = self.lm_head(self.transformer.ln_f(x))
+        logits, _ = super().forward(idx)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    def attention(self, attn, x):
-        B, T, C = x.size()
-        q, k, v = (part.view(B, T, attn.n_head, -1).transpose(1, 2) for part in attn.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return attn.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
 
 
 class Bench:
@@ -117,10 +95,7 @@ class Bench:
 
     def __init__(self, knobs, stock):
         torch.manual_seed(0)
-        shape = {
-            key: getattr(knobs, key) for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
-        }
-        self.model = (StockGPT if stock else GPT)(GPTConfig(**shape)).to(knobs.device)
+        self.model = (StockGPT if stock else GPT)(gpt_config(knobs)).to(knobs.device)
         options = dict(fullgraph=True, dynamic=False, disable=not knobs.compile)
         self.net, self.precondition = torch.compile(self.model, **options), torch.compile(precondition, **options)
         self.optimizer = self.model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95))
@@ -128,14 +103,14 @@ class Bench:
         x, y = windows[:, :-1].to(knobs.device), windows[:, 1:].to(knobs.device)
         B = knobs.batch_size
         self.x, self.y, self.x_val, self.y_val = x[:B], y[:B], x[B:], y[B:]
-        bfloat16 = knobs.dtype == "bfloat16"
-        self.autocast = torch.autocast(knobs.device.split(":")[0], torch.bfloat16) if bfloat16 else nullcontext()
+        device_type, bfloat16 = knobs.device.split(":")[0], knobs.dtype == "bfloat16"
+        self.autocast = torch.autocast(device_type, torch.bfloat16, enabled=bfloat16)
         self.adam = self.optimizer if knobs.value_direction == "adam" else None
         self.n_directions = knobs.n_directions
 
-    def backward(self, alpha=None):
+    def backward(self, *alpha):
         with self.autocast:
-            loss = self.net(self.x, self.y)[1] if alpha is None else self.net(self.x, self.y, alpha)[1]
+            loss = self.net(self.x, self.y, *alpha)[1]
         loss.backward()
         return loss
 
@@ -187,27 +162,23 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
 
     def brute(self):
-        """<grad l_i, G>, a batch of one at a time: (B,)."""
+        """Sets `exact`, (B,): <grad l_i, G>, a batch of one at a time."""
         gradient, dots = self.val(), []
         for x, y in zip(self.x.split(1), self.y.split(1), strict=True):
             with self.autocast:
                 loss = self.model(x, y)[1]
             part = torch.autograd.grad(loss, list(gradient))
             dots.append(sum((a * b).sum() for a, b in zip(part, gradient.values(), strict=True)))
-        return torch.stack(dots).double()
+        self.exact = torch.stack(dots).double()
 
 
 def seconds(run, device):
-    """Wall time of run(): by CUDA events on a GPU."""
-    if device.startswith("cuda"):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
+    """Wall time of run(), on a GPU until it has nothing left to do."""
+    wait = torch.accelerator.synchronize if device != "cpu" else lambda: None
+    wait()
     started = time.perf_counter()
     run()
+    wait()
     return time.perf_counter() - started
 
 
@@ -223,31 +194,14 @@ def print_peak(knobs):
     print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM") - before)
 
 
-def memory_mb(field):
-    """VmRSS, resident now, or VmHWM, its peak. (getrusage's peak would begin with that of the parent process.)"""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) / 2**10 for line in file if line.startswith(field))
-
-
-def choose_kernel(knobs, model):
-    """Use the fastest weight gradients; the reason."""
-    operators.weight_gradients = {}
-    dtype, device_type = getattr(torch, knobs.dtype), knobs.device.split(":")[0]
-    shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, device_type, dtype)
-    operators.weight_gradients, reason = kernels.choose(
-        knobs.device, shapes, dtype, operators.add_samples, knobs.n_directions
-    )
-    return reason
-
-
 def take_turns(arms, knobs):
     """The seconds of each arm, functions of no arguments, in each of knobs.rounds rounds."""
-    times = {name: [] for name in arms}
+    times, names = {name: [] for name in arms}, deque(arms)
     gc.disable()
-    for round_ in range(knobs.rounds):
-        names = list(arms)[round_ % len(arms) :] + list(arms)[: round_ % len(arms)]
+    for _ in range(knobs.rounds):
         for name in names:
             times[name].append(seconds(arms[name], knobs.device))
+        names.rotate(-1)
     gc.enable()
     return times
 
@@ -263,36 +217,26 @@ def ratios(stock, plain, val, scored, order2):
     )
 
 
-def peak_tflops(gpu, dtype):
-    """Of the GPU of this name, 0 where it is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu and dtype == "bfloat16"), 0.0)
-
-
 def mfu(knobs, parameters, ms, gpu):
     """The share of the GPU's peak at which a plain step of `ms` would run, None where the peak is not known."""
     peak = knobs.peak_tflops or peak_tflops(gpu, knobs.dtype)
-    attention = 12 * knobs.n_layer * knobs.n_embd * knobs.block_size  # operations a token (PaLM, App. B)
-    operations = (6 * parameters + attention) * knobs.batch_size * knobs.block_size
-    return operations / (ms / 1000) / (peak * 1e12) if peak else None
+    tokens_per_s = knobs.batch_size * knobs.block_size / ms * 1000
+    return estimate_mfu(knobs, parameters, tokens_per_s, peak) if peak else None
 
 
 def measure(knobs):
     """Everything that the table and --json show, as a dict."""
-    stock, ours = Bench(knobs, True), Bench(knobs, False)
-    ours.model.load_state_dict(stock.model.state_dict())
+    stock, ours = Bench(knobs, True), Bench(knobs, False)  # of the same weights
     a, b = stock.backward().item(), ours.backward().item()
     if abs(a - b) > 1e-2 * abs(a):
         raise AssertionError(f"the stock model's loss is {a}, ours {b}")
     stock.step(), ours.step()
-    ours.model.load_state_dict(stock.model.state_dict())
-    kernel = choose_kernel(knobs, ours.model)
+    kernel = choose_kernels(ours.model, knobs, knobs.n_directions)
 
     adam, ours.adam = ours.adam, None  # brute force is of G
     ours.val()  # compiles here, if at all, not in brute force's time
-    results = []
-    brute_s = seconds(lambda: results.append(ours.brute()), knobs.device)
-    (dots,) = results
-    dots_rel_err = ((ours.scored_backward().double() - dots).norm() / dots.norm()).item()
+    brute_s = seconds(ours.brute, knobs.device)
+    dots_rel_err = ((ours.scored_backward().double() - ours.exact).norm() / ours.exact.norm()).item()
     ours.optimizer.zero_grad(set_to_none=True)
     ours.adam = adam
 
@@ -302,7 +246,7 @@ def measure(knobs):
     times = take_turns(arms, knobs)
     result = {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
     result["brute_ms"] = 1000 * brute_s
-    rounds = [ratios(**dict(zip(times, seconds, strict=True))) for seconds in zip(*times.values(), strict=True)]
+    rounds = [ratios(*round_) for round_ in zip(*times.values(), strict=True)]
     for name in rounds[0]:
         values = [round_[name] for round_ in rounds]
         result[name] = statistics.median(values)
@@ -327,10 +271,8 @@ def budget_of(knobs):
     """support/budget.py's result for its knobs and this file's models, as a dict."""
     from support import budget  # the compiler's parts that it needs take seconds to import
 
-    shape = {key: getattr(knobs, key) for key in ("block_size", "vocab_size", "n_head", "n_embd", "bias")}
-
     def loss_of(arm, n_layer, windows):
-        model = (StockGPT if arm == "stock" else GPT)(GPTConfig(**shape, n_layer=n_layer))
+        model = (StockGPT if arm == "stock" else GPT)(gpt_config(knobs, n_layer=n_layer))
         inputs = [torch.zeros(windows, knobs.block_size, dtype=torch.int64) for _ in range(2)]
         if arm == "scored":
             attach_directions(model, knobs.n_directions)
@@ -338,8 +280,7 @@ def budget_of(knobs):
         return lambda: model(*inputs)[1]
 
     with torch.device("meta"):
-        model = GPT(GPTConfig(**shape, n_layer=knobs.n_layer))
-        weight = nn.Parameter(torch.empty(sum(p.numel() for p in model.parameters())))
+        weight = nn.Parameter(torch.empty(sum(p.numel() for p in GPT(gpt_config(knobs)).parameters())))
         weight.grad = torch.empty_like(weight)
 
     def direction():

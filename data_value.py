@@ -4,8 +4,8 @@ The value of every training sample, from the backward pass that trains on it.
 Give sample i its own weights theta + sum_k alpha_ik * D_k and look at alpha = 0: d l_i / d alpha_ik = <grad l_i, D_k>.
 So zeros of shape (B, K) that the forward pass carries and never uses receive, as their gradient, the dot product of
 every sample's gradient with each of K directions D_k. The layers below know how to compute that derivative from what
-their weight gradient needs anyway; autograd sums it over layers, over the two uses of a tied weight and over
-micro-steps, because a derivative is linear.
+their weight gradient needs anyway. Autograd sums it over layers and over the two uses of a tied weight, because a
+derivative is linear.
 
 It is nearly free. A linear's weight gradient is a sum over samples, sum_i dY_i^T X_i. It is summed one sample at a
 time, and <sum so far, D_k> is taken after each: sample i's dot product is the difference of two such numbers. For each
@@ -24,12 +24,14 @@ loss). To second order G is taken at the midpoint of the step: `retreat_to_midpo
 """
 
 import math
+from itertools import product
 
 import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from support import kernels, operators
 from support.operators import head_loss, head_slice, linear_grad
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,8 +45,7 @@ class Linear(nn.Linear):
     def forward(self, x, alpha=None):
         if alpha is None:
             return super().forward(x)
-        directions = self.weight_direction, self.bias_direction if self.bias is not None else None
-        return _Linear.apply(x, self.weight, self.bias, alpha, *directions)
+        return _Linear.apply(x, self.weight, self.bias, alpha, self.weight_direction, self.bias_direction)
 
 
 def _autocast(*tensors):
@@ -88,10 +89,7 @@ def _bias_grad(dy, direction):
 
 class Embedding(nn.Embedding):
     def forward(self, idx, alpha=None):
-        """
-        idx: (B, T), or (T,) for positions that all samples share; returns (B, T, C), or (T, C) for (T,) without
-        alpha.
-        """
+        """idx (B, T) or, for positions that all samples share, (T,) -> (B, T, C); (T,) without alpha -> (T, C)."""
         if alpha is None:
             return super().forward(idx)
         return _Embedding.apply(idx, self.weight, alpha, self.weight_direction)
@@ -118,8 +116,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x, alpha=None):
         if alpha is None:
             return super().forward(x)
-        directions = self.weight_direction, self.bias_direction if self.bias is not None else None
-        return _LayerNorm.apply(x, self.weight, self.bias, alpha, *directions, self.eps)
+        return _LayerNorm.apply(x, self.weight, self.bias, alpha, self.weight_direction, self.bias_direction, self.eps)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -133,33 +130,26 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, mean, rstd, weight_direction, bias_direction = ctx.saved_tensors
-        if x.is_cuda:
-            dx, dw, db = layer_norm_gradients(dy, x, mean, rstd, weight, bias)
-            dots = layer_norm_dots(dy, x, mean, rstd, weight_direction, bias_direction)
-            return dx, dw, db, dots, None, None, None
         backward = torch.ops.aten.native_layer_norm_backward
+        if x.is_cuda:
+            mask = [True, True, bias is not None]
+            dx, dw, db = backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
+            dots = layer_norm_dots(dy, x, mean, rstd, weight_direction, bias_direction)
+            return dx, dw, db if bias is not None else None, dots, None, None, None
         dx, _, _ = backward(dy, x, weight.shape, mean, rstd, weight, None, [True, False, False])
         sample_dw = (x - mean).mul_(rstd).mul_(dy).sum(1)  # (B, C)
         db, bias_dot = _bias_grad(dy, bias_direction)
         return dx, sample_dw.sum(0), db, _dot(sample_dw, weight_direction) + bias_dot, None, None, None
 
 
-def layer_norm_gradients(dy, x, mean, rstd, weight, bias):
-    """The gradients of x, weight and bias, None without one, as torch.nn's own backward pass has them."""
-    mask = [True, True, bias is not None]
-    dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
-    return dx, dw, db if bias is not None else None
-
-
 def layer_norm_dots(dy, x, mean, rstd, weight_direction, bias_direction):
     """
     dy and x (B, T, C), mean and rstd (B, T, 1), the directions (K, C), that of the bias None without one -> the dots,
-    (B, K). A token's part is the sum over its row of dY * (xhat * D_w + D_b), and dx needs two such sums anyway: so
-    torch.compile makes all of them, the sums over columns for dW and db, the residual's addition and the casts one
-    kernel, which reads x and dY once: 16 bytes for a number of x by inductor's count, as in a stock model. (Where more
-    than 10 tensors meet, as with a bias, torch 2.13 makes two of it, 22 bytes; 2.11 does not.) Sums over T of every
-    sample, (B, C), run across the rows, in kernels of their own, which read both again: 26 bytes. A Triton kernel would
-    have everything in one pass but what lies around it, with which nothing of it fuses: at least 24.
+    (B, K). A token's part is the sum over its row of dY * (xhat * D_w + D_b), and dx needs two such sums anyway. So
+    torch.compile makes one kernel of all of them, of dW, db, the residual's addition and the casts. It reads x and dY
+    once: 16 bytes for a number of x by inductor's count, as in a stock model. (With a bias, torch 2.13 makes two
+    kernels, 22 bytes; 2.11 does not.) Sums over T of every sample, (B, C), would be kernels of their own: 26 bytes.
+    With a Triton kernel nothing around it would fuse: at least 24.
     """
     xhat = (x - mean) * rstd
     shifts = [0] * len(weight_direction) if bias_direction is None else bias_direction.unbind()
@@ -197,20 +187,29 @@ class _LossHead(torch.autograd.Function):
         return dx, dw, None, dot if ctx.scored else None, None
 
 
-def weight_gradient_shapes(model, B, T, device_type, dtype):
+def weight_gradient_shapes(model, knobs):
     """
-    (B, T, in, out) of every weight gradient with dots for B windows of T tokens whose products are of `dtype`, those of
-    the head's slices too.
+    (B, T, in, out) of every weight gradient with dots of a micro-batch, by the knobs batch_size, block_size, device and
+    dtype; those of the head's slices too.
     """
-    shapes = []
+    B, T, dtype, shapes = knobs.batch_size, knobs.block_size, getattr(torch, knobs.dtype), []
     for module in model.modules():
         if isinstance(module, Linear):
             n_out, n_in = module.weight.shape
-            samples, length = B, T
-            if isinstance(module, LossHead):
-                samples, length = head_slice(B, T, n_out, device_type, dtype)
-            shapes += [(samples, length, n_in, n_out)] * (-(-B // samples) * -(-T // length))
+            head = isinstance(module, LossHead)
+            samples, length = head_slice(B, T, n_out, knobs.device.split(":")[0], dtype) if head else (B, T)
+            parts = product(range(0, B, samples), range(0, T, length))
+            shapes += [(min(samples, B - i), min(length, T - t), n_in, n_out) for i, t in parts]
     return shapes
+
+
+def choose_kernels(model, knobs, n_directions):
+    """On a GPU, take the fastest correct way to every weight gradient of `model`: the reason, lines to print."""
+    operators.weight_gradients = {}
+    shapes = {shape[2:]: shape for shape in sorted(weight_gradient_shapes(model, knobs))}  # of slices the largest
+    how = getattr(torch, knobs.dtype), operators.add_samples, n_directions
+    operators.weight_gradients, reason = kernels.choose(knobs.device, shapes.values(), *how)
+    return reason
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,14 +228,13 @@ def attach_directions(model, n_directions=1):
     buffers = {}
     for module in model.modules():
         if isinstance(module, (Linear, Embedding, LayerNorm)):
+            module.register_buffer("bias_direction", None)  # where there is no bias
             for name, p in module.named_parameters(recurse=False):
                 buffers.setdefault(p, torch.zeros(n_directions, *p.shape, dtype=p.dtype, device=p.device))
                 module.register_buffer(f"{name}_direction", buffers[p], persistent=False)
     missed = [name for name, p in model.named_parameters() if p.requires_grad and p not in buffers]
     if missed:
-        raise ValueError(
-            f"no values without these parameters, which no layer of data_value.py holds: {', '.join(missed)}"
-        )
+        raise ValueError(f"no values without parameters that no layer of data_value.py holds: {', '.join(missed)}")
     return buffers
 
 
@@ -261,8 +259,7 @@ def validation_gradient(model, x_val, y_val, micro_batch_size=None):
         else:
             torch._foreach_add_(gradient, part)
     model.train(training)
-    if gradient is None:  # a rank may have none of few windows
-        gradient = [torch.zeros_like(p) for p in params]
+    gradient = gradient or [torch.zeros_like(p) for p in params]  # a rank may have none of few windows
     return dict(zip(params, gradient, strict=True)), total
 
 
@@ -343,18 +340,16 @@ class Directions:
         Take the gradients of the iterator `fresh` of (gradient, loss), or average them with those of all iterations
         before `iter_num`. Returns the mean loss, a scalar tensor.
         """
-        losses = []
-        if not (self.half_life and self.gradients):
-            self.gradients = []  # frees the old ones before as many new ones are computed
-            for gradient, loss in fresh:
-                self.gradients.append(gradient)
+        if self.half_life and self.gradients:
+            x = math.log(2) / self.half_life
+            weight = math.expm1(-x) / math.expm1(-x * (iter_num + 1))  # (1 - d) / (1 - d^n), as Adam's bias correction
+            losses = []
+            for old, (new, loss) in zip(self.gradients, fresh, strict=True):
+                torch._foreach_lerp_(list(old.values()), [new[p] for p in old], weight)
                 losses.append(loss)
-            return torch.stack(losses).mean()
-        x = math.log(2) / self.half_life
-        weight = math.expm1(-x) / math.expm1(-x * (iter_num + 1))  # (1 - d) / (1 - d^n), as Adam's bias correction
-        for old, (new, loss) in zip(self.gradients, fresh, strict=True):
-            torch._foreach_lerp_(list(old.values()), [new[p] for p in old], weight)
-            losses.append(loss)
+        else:
+            self.gradients = []  # frees the old ones before as many new ones are computed
+            self.gradients, losses = zip(*fresh, strict=True)
         return torch.stack(losses).mean()
 
     def mean(self):

@@ -14,6 +14,7 @@ minutes that are left. None stops the others: what one has measured when it fail
 gpu.md and log.txt are written anew after each. The status is 1 if one failed.
 """
 
+import atexit
 import glob
 import json
 import math
@@ -33,11 +34,12 @@ from dataclasses import dataclass
 
 from support.carry import pack
 from support.configurator import UserError, configure
+from support.profiled import PARTS, beside, part_of, profiled
 from support.stages import about_the_machine, end_of, shown, supervise, write_results
 from support.unexecuted import print_unexecuted, watch
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = [f"{ROOT}/gpu.py", f"{ROOT}/support/stages.py", f"{ROOT}/study/gpt2.py"]
+SCRIPTS = [f"{ROOT}/{path}" for path in ("gpu.py", "support/stages.py", "support/profiled.py", "study/gpt2.py")]
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Knobs:
 
 # 124M at the paper's batch; or what takes no time
 FULL = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, vocab_size=50304)
-TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, vocab_size=257)
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=40, batch_size=4, vocab_size=257)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stages: functions of the knobs and of report(**figures), which keeps what is measured. They import torch
@@ -97,24 +99,35 @@ def machine(knobs, report):
 
 
 def gpu_tests(knobs, report):
-    """The tests with the mark `gpu`, which are skipped where there is none."""
+    """The tests with the mark `gpu`, which are skipped where there is none; CUT are those that the limit left out."""
 
     def run(paths):
-        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", *paths]
-        outcomes = Counter()
+        # Ten seconds before the stage's end no test is begun, and what hangs is killed so that the rest is counted.
+        until = f"--until={time.time() + knobs.seconds - 10}"
+        command = [sys.executable, "-m", "pytest", "-vv", "-m", "gpu", "-p", "no:cacheprovider", until, *paths]
+        outcomes, begun, failed = Counter(), "", {}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of plugins that this machine may have
+        # without plugins that this machine may have; on a terminal so wide that a line is one line
+        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "250"}
         with subprocess.Popen(command, **pipes, cwd=ROOT, env=environment) as tests:
-            timer = threading.Timer(knobs.seconds - 3, tests.kill)  # so that what has ended is counted
+            timer = threading.Timer(knobs.seconds - 3, tests.kill)
             timer.start()
             for line in tests.stdout:
                 print(line, end="", flush=True)
-                ended, failed = re.search(r"::.* (PASSED|SKIPPED|FAILED|ERROR)", line), re.match("FAILED|ERROR", line)
-                outcomes.update(ended.groups() if ended and not failed else ())
-                for said in [line] if failed else ():
-                    report(test=said.strip())
+                ended = re.match(r"(\S+::.+?) (PASSED|SKIPPED|FAILED|ERROR)(.*out of time)?", line)
+                if ended:
+                    test, outcome, cut = ended.groups()
+                    outcomes[outcome if not cut else "CUT"] += 1
+                    failed |= {test: line.strip()} if cut or outcome in ("FAILED", "ERROR") else {}
+                summary = re.match(r"(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", line)
+                failed |= {summary.group(1): line.strip()} if summary else {}  # with the reason
+                begun = line.strip() if "::" in line and not ended and not summary else ""
         timer.cancel()
-        report(tests=" ".join(map(os.path.basename, paths)), **outcomes)
+        if begun:
+            failed[begun] = f"KILLED {begun}"
+        for said in failed.values():
+            report(test=said)
+        report(tests=" ".join(map(os.path.basename, paths)), limit_s=knobs.seconds, **outcomes)
         passed.update(outcomes)
         return tests.returncode
 
@@ -138,8 +151,9 @@ def candidates(knobs, report):
 
     import bench
     import data_value
-    from model import GPT, GPTConfig
+    from model import GPT
     from support import kernels, operators, row_kernels
+    from support.cost import peak_tflops
 
     size, device, dtype = FULL if knobs.cuda else TINY, knobs.device, torch.bfloat16
     B, T, C, V = (size[key] for key in ("batch_size", "block_size", "n_embd", "vocab_size"))
@@ -168,17 +182,18 @@ def candidates(knobs, report):
         seconds = timed(lambda launch=launch, arguments=arguments: launch(*arguments), device)
         report(kernel=name, ms=1000 * seconds, gb_per_s=traffic(*arguments)[0] / seconds / 1e9)
 
-    peak = bench.peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else 0.0
+    peak = peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else 0.0
+    shape = bench.Knobs(**size, device=device, dtype="bfloat16")
     with torch.device("meta"):
-        model = GPT(GPTConfig(**{key: size[key] for key in size if key != "batch_size"}))
-    shapes = Counter(data_value.weight_gradient_shapes(model, B, T, device, dtype))
+        model = GPT(bench.gpt_config(shape))
+    shapes = Counter(data_value.weight_gradient_shapes(model, shape))
     for shape, count in shapes.items():
         for row in kernels.candidates_report(device, [shape], dtype, 1, operators.add_samples):
             report(calls=count, **row, of_peak=row["tflops"] / peak if row["tflops"] and peak else None)
 
 
 def steps(knobs, report):
-    """bench.py's arms at 124M, compiled, those that matter most first."""
+    """bench.py's arms at 124M, compiled, those that matter most first; beside them their budget on paper."""
     import torch
 
     import bench
@@ -194,7 +209,7 @@ def steps(knobs, report):
     ours.buffers = data_value.attach_directions(ours.model)  # now: what is compiled would be compiled again
     held["directions"] = memory() - held["ours"]
     owners = dict(plain=["ours"], stock=["theirs"])
-    print(bench.choose_kernel(shape, ours.model), flush=True)
+    print(data_value.choose_kernels(ours.model, shape, 1), flush=True)
 
     def arm(name, m=1):
         def run():
@@ -213,14 +228,16 @@ def steps(knobs, report):
         held[uses[0]] += memory() - before
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        kernels = longest_kernels(arms[name], cuda)
+        kernels, parts = profiled(arms[name], cuda, shape)
         peak_mb = (peak() - sum(held.values()) + sum(held[owner] for owner in uses)) / 2**20
         times = bench.take_turns(arms, shape)
         ms = 1000 * statistics.median(times[name])
         mfu = bench.mfu(shape, parameters, ms, gpu) if name in ("stock", "plain", "scored") else None
         report(arm=name, ms=ms, mfu=mfu, peak_mb=peak_mb, first_s=first_s)
-        for kernel, (kernel_ms, calls) in kernels:
-            report(arm=name, kernel=kernel, ms=kernel_ms, calls=calls)
+        for kernel, (kernel_ms, calls) in list(kernels.items())[:10]:
+            report(arm=name, kernel=kernel, part=part_of(kernel), ms=kernel_ms, calls=calls)
+        for part in PARTS:
+            report(arm=name, part=part, ms=parts[part])
         missing = dict.fromkeys([*plan, "order24"], [math.nan] * shape.rounds)
         for m, end in ((1, ""), (4, "4")):
             of = missing | times
@@ -229,21 +246,6 @@ def steps(knobs, report):
             medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             known = {key: ratio for key, ratio in medians.items() if not math.isnan(ratio)}
             report(val_batch_size=m, **known)
-
-
-def longest_kernels(run, cuda, most=10):
-    """[(kernel, (ms, calls))] of a run, by torch.profiler; on a CPU of its operators, their own time."""
-    from torch.profiler import ProfilerActivity, profile
-
-    kind, clock = ("CUDA", "self_device_time_total") if cuda else ("CPU", "self_cpu_time_total")
-    with profile(activities={ProfilerActivity.CPU, getattr(ProfilerActivity, kind)}) as profiled:
-        run()
-    found = {}
-    for event in profiled.events():
-        if event.device_type.name == kind and not event.is_user_annotation:
-            ms, calls = found.get(event.name, (0.0, 0))
-            found[event.name] = ms + getattr(event, clock) / 1000, calls + 1
-    return sorted(found.items(), key=lambda item: -item[1][0])[:most]
 
 
 def figure2(knobs, report):
@@ -298,6 +300,25 @@ def run_stage(knobs, executed):
                 json.dump(sorted(executed), lines)
 
 
+def count_budget(knobs, gpu, work):
+    """The process of bench.py --budget for the shape of stage 4, which takes a core for a minute, without the GPU."""
+    card = next((name for name in ("A100", "H100", "H200") if name in gpu), "H100")
+    flags = [f"--{key}={value}" for key, value in (FULL if knobs.cuda else TINY).items()]
+    command = [sys.executable, f"{ROOT}/bench.py", "--budget", "--json", f"--gpu={card}", *flags]
+    with open(f"{work}/budget.json", "wb") as found, open(f"{work}/budget.log", "wb") as log:
+        counting = subprocess.Popen(command, stdout=found, stderr=log, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    atexit.register(counting.kill)
+    return counting
+
+
+def budget_of(counting, work):
+    """What the process has found; a figure that says why, if it has failed."""
+    if counting.wait():
+        return dict(failure=f"bench.py --budget: {end_of(f'{work}/budget.log', 300).strip()}")
+    with open(f"{work}/budget.json", encoding="utf-8") as file:
+        return json.load(file)
+
+
 def study_figures(path):
     """What study/gpt2.py has kept so far, as figures."""
     with open(path, encoding="utf-8") as file:
@@ -313,6 +334,7 @@ def measure(knobs, work, executed):
     deadline, stages = time.monotonic() + 60 * knobs.minutes, [about_the_machine()]
     if not knobs.cuda:
         os.environ["OMP_NUM_THREADS"] = "1"  # tiny shapes lose time by more
+    counting = count_budget(knobs, stages[0]["figures"][0]["gpu"], work) if 4 in knobs.order else None
     for place, stage in enumerate(knobs.order):
         function, _ = STAGES[stage]
         limit = limit_of(stage, knobs.order[place:], max(1.0, deadline - time.monotonic()))
@@ -326,6 +348,8 @@ def measure(knobs, work, executed):
         if os.path.exists(figures):
             with open(figures, encoding="utf-8") as file:
                 result["figures"] = [json.loads(line) for line in file if line.endswith("\n")]
+        if stage == 4:
+            result["figures"] = beside(result["figures"], budget_of(counting, work))
         if stage == 5 and os.path.exists(f"{work}/gpt2/metrics.json"):
             result["figures"] += study_figures(f"{work}/gpt2/metrics.json")
         result["last_lines"] = end_of(log, 4000).splitlines()[-30:] if status != 0 else []

@@ -7,6 +7,7 @@ hold (data_value.py).
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,22 @@ from torch.nn import functional as F
 
 from data_value import Embedding, LayerNorm, Linear, LossHead
 from support.configurator import UserError
+
+# The settings of transformers' configuration that change what its GPT-2 computes, and what this file computes. (Not
+# here: reorder_and_upcast_attn, which has another rounding, and the shape and dropout, which GPTConfig has.)
+HUGGING_FACE = dict(
+    model_type=("gpt2",),
+    architectures=(["GPT2LMHeadModel"],),
+    activation_function=("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    layer_norm_epsilon=(1e-5,),
+    tie_word_embeddings=(True,),
+    scale_attn_weights=(True,),
+    scale_attn_by_inverse_layer_idx=(False,),
+    add_cross_attention=(False,),
+    quantization_config=(),
+    auto_map=(),  # code of its own
+)
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older code, beside the weights
 
 
 class CausalSelfAttention(nn.Module):
@@ -28,11 +45,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, alpha=None):
         B, T, C = x.size()
-        # q, k, v: (B, n_head, T, C / n_head)
-        q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x, alpha).split(C, dim=2)
-        )
+        parts = self.c_attn(x, alpha).split(C, dim=2)  # and then (B, n_head, T, C / n_head)
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in parts)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         y = y.transpose(1, 2).contiguous().view(B, T, C)
@@ -98,12 +112,10 @@ class GPT(nn.Module):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, alpha=None):
         """
@@ -124,35 +136,70 @@ class GPT(nn.Module):
         return None, self.lm_head(x, targets, alpha)
 
     @classmethod
+    def from_checkpoint(cls, checkpoint, path, dropout=0.0):
+        """The GPT of a ckpt.pt, nanoGPT's or ours, as a dict. Raises UserError, naming `path`, for another model."""
+        try:
+            config = GPTConfig(**checkpoint["model_args"] | {"dropout": dropout})
+        except TypeError as error:
+            raise UserError(f"{path}: a model with other settings than nanoGPT's ({error}); give another") from error
+        model = cls(config)
+        model.load_weights(checkpoint["model"], path)
+        return model
+
+    @classmethod
     def from_pretrained(cls, name, dropout=0.0):
         """
         GPT-2 with the weights of `name`: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a local folder in
-        transformers' format. Raises UserError where transformers is not installed or the weights cannot be had.
+        transformers' format. Raises UserError where transformers is not installed, the weights cannot be had, or the
+        model is not GPT-2 as this file computes it.
         """
         try:
-            from transformers import GPT2LMHeadModel
+            from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError:
             raise UserError(f"--init_from={name} needs transformers: pip install transformers") from None
+        flag = f"--init_from={name}"
         try:
-            source = GPT2LMHeadModel.from_pretrained(name)
-        except (OSError, ValueError) as error:
+            found, _ = GPT2Config.get_config_dict(name)
+            allowed = HUGGING_FACE | dict(n_inner=(4 * found.get("n_embd", found.get("hidden_size", 768)),))
+            for key, values in allowed.items():
+                if found.get(key) is not None and found[key] not in values:
+                    ours = " or ".join(map(str, values)) or "none"
+                    raise UserError(f"{flag}: its configuration has {key} = {found[key]}, this GPT-2 has {ours}")
+            if os.path.exists(os.path.join(name, "adapter_config.json")):
+                raise UserError(f"{flag}: has an adapter, adapter_config.json; merge it into the weights first")
+            source, loaded = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        except Exception as error:  # damaged files raise all kinds
             message = str(error).strip().splitlines()[0]
-            raise UserError(f"--init_from={name}: transformers could not load it: {message}") from error
+            raise UserError(f"{flag}: transformers could not load it: {message}") from error
+        wrong = [*loaded["missing_keys"], *(key for key in loaded["unexpected_keys"] if not key.endswith(MASKS))]
+        if wrong:  # transformers makes up what is missing
+            raise UserError(f"{flag}: weights are missing or unknown: {', '.join(sorted(wrong)):.200}")
         c = source.config
         shape = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head)
         model = cls(GPTConfig(**shape, n_embd=c.n_embd, dropout=dropout, bias=True))
-        ours, theirs = model.state_dict(), source.state_dict()
         # transformers keeps GPT-2's Conv1D layout, (in, out), for these four
         transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-        for key in ours:
-            ours[key] = theirs[key].t() if key.endswith(transposed) else theirs[key]
-        model.load_state_dict(ours)
+        weights = source.state_dict().items()
+        model.load_weights({key: t.t() if key.endswith(transposed) else t for key, t in weights}, flag)
         return model
+
+    def load_weights(self, weights, source):
+        """Load nanoGPT's {name: tensor}. Raises UserError, naming `source`, where they are not those of a GPT-2."""
+        # nanoGPT's torch.compile leaves a prefix in its checkpoints
+        weights = {key.removeprefix("_orig_mod."): t for key, t in weights.items() if not key.endswith(MASKS)}
+        ours = self.state_dict()
+        wrong = [key for key in ours.keys() | weights.keys() if key not in ours or key not in weights]
+        wrong = wrong or [key for key in ours if ours[key].shape != weights[key].shape]
+        if wrong:
+            raise UserError(f"{source}: weights are missing, unknown or of another shape: {', '.join(wrong):.200}")
+        if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+            raise UserError(f"{source}: its head, lm_head.weight, is not its token embedding, as GPT-2's is")
+        self.load_state_dict(weights)
 
     def crop_block_size(self, block_size):
         """Keep the first `block_size` positions, to train a pretrained model on shorter windows."""
         self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
 
     def configure_optimizers(self, name, weight_decay, learning_rate, betas):
         """

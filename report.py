@@ -4,7 +4,8 @@ Runs of train.py -> a table and figures: what a filter saved, and what the value
     python report.py out/baseline                                    # one run: its loss, its values, its windows
     python report.py out/baseline out/control out/filtered           # and what the filter saved against the control
     python report.py out/control_s* out/filtered_s*                  # runs that differ only in their seed: averaged
-    python report.py out/a out/b --target_loss=3.2 --out=out/report
+    python report.py out/a out/b --reference=out/b --target_loss=3.2 --out=out/report --json
+    python report.py out/baseline --export=valued.jsonl              # its windows as text, which a filter keeps
 
 The reference is the control, which draws from the scored windows and rejects none; without a control it is the first
 run. Its final test loss is the target. A run reaches the target at its first evaluation at or below it, interpolated
@@ -14,25 +15,31 @@ iterations of the run that scored the windows are not counted.
 """
 
 import argparse
+import codecs
 import json
-import math
 import os
 import re
+import sys
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 
 from support.configurator import UserError
 from support.corpus import get_tokenizer, load_meta, open_split, window_domains
+from support.export import export, read_column
 from support.figures import number, printable, write_figures
+from support.files import atomic_write
 from support.run_folder import FREE_KNOBS
 from support.values import load_values, read_log
 
-FREE = FREE_KNOBS - {"max_iters"} | {"seed"}  # knobs that may differ between the runs of a group
+# knobs that may differ between the runs of a group
+FREE = FREE_KNOBS - {"max_iters", "filter_from", "filter_column"} | {"seed"}
 ARM = ("score", "val", "filter", "drop_random")  # beginnings of the knobs that make the arms of a comparison
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     folder: str
     config: dict
@@ -41,10 +48,13 @@ class Run:
     losses: np.ndarray  # (e,) test losses, nats per token
     lines: list  # the training lines of metrics.jsonl
     has_values: bool
+    bits_per_byte: float | None  # of the last evaluation; runs of older code do not tell it
 
     @property
-    def drops(self):
-        return self.knobs["filter_negative"] or self.knobs["drop_random"] > 0
+    def arm(self):
+        if self.knobs["filter_negative"] or self.knobs["drop_random"] > 0:
+            return "treatment"
+        return "control" if self.knobs["filter_from"] else "plain"
 
 
 def read_run(folder, test_set="all"):
@@ -53,37 +63,34 @@ def read_run(folder, test_set="all"):
     where the folder holds no run, a file is damaged or nothing was evaluated.
     """
     config_path, metrics_path = os.path.join(folder, "config.json"), os.path.join(folder, "metrics.jsonl")
-    for path in (config_path, metrics_path):
-        if not os.path.isfile(path):
-            mend = f"train it with python train.py config/<...>.py --out_dir={folder}"
-            raise UserError(f"{path}: no such file, so {folder} is not the folder of a run; {mend}")
     mend = f"go on with it, python train.py ... --init_from=resume --out_dir={folder}, or train it anew"
-    losses, lines, where = {}, [], config_path
-    key = "test_loss" if test_set == "all" else f"test_loss_{test_set}"
+    losses, lines, bits_per_byte, where = {}, [], None, config_path
+    of_set = "" if test_set == "all" else f"_{test_set}"
+    key = f"test_loss{of_set}"
     try:
         with open(config_path, encoding="utf-8") as file:
             config = json.load(file)
         knobs, _, _ = config["knobs"], config["fingerprint"], config["coverage"]
         with open(metrics_path, encoding="utf-8", errors="replace") as file:
-            for n, text in enumerate(file, 1):
+            for n, text in enumerate(file.read().split("\n")[:-1], 1):  # train.py may be writing the last line
                 where = f"{metrics_path}, line {n}"
-                if not text.endswith("\n"):
-                    break  # train.py is writing it
                 line = json.loads(text)
-                if "test_loss" in line:
-                    losses[int(line["iter"])] = float(line.get(key, math.nan))
-                else:
+                if key in line:
+                    losses[int(line["iter"])] = float(line[key])
+                    bits_per_byte = line.get(f"test_bpb{of_set}")
+                elif "test_loss" not in line:
                     lines.append(line | {"step_ms": line["step_ms"] - line.get("val_ms", 0)})
+    except (FileNotFoundError, NotADirectoryError) as error:
+        found = f"{error.filename}: no such file, so {folder} is not the folder of a run"
+        raise UserError(f"{found}; train it with python train.py config/<...>.py --out_dir={folder}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: not what train.py writes ({type(error).__name__}: {error}); {mend}") from error
     if not losses:
-        raise UserError(f"{metrics_path}: {len(lines)} training lines and no evaluation of the test loss; {mend}")
-    if all(map(math.isnan, losses.values())):
-        found = f"--test_set={test_set}: {folder} was trained with --val_sets={knobs['val_sets']}"
-        raise UserError(f"{found}; train it with --val_sets=all,{test_set}")
-    iters = sorted(losses)
+        mend = mend if test_set == "all" else f"--test_set={test_set} needs a run with --val_sets=all,{test_set}"
+        raise UserError(f"{metrics_path}: {len(lines)} training lines and no evaluation with a {key}; {mend}")
+    iters, losses = np.array(list(losses)), np.array(list(losses.values()))
     has_values = knobs["score"] and os.path.isfile(os.path.join(folder, "values.npz"))
-    return Run(folder, config, knobs, np.array(iters), np.array([losses[i] for i in iters]), lines, has_values)
+    return Run(folder, config, knobs, iters, losses, lines, has_values, bits_per_byte)
 
 
 def group_key(config):
@@ -99,12 +106,11 @@ def group_key(config):
 
 def group_runs(runs):
     """{name: runs that differ only in their seed}, in order. No seed is twice in a group."""
-    groups = {}
+    groups, times = {}, Counter()
     for run in runs:
-        key = group_key(run.config), 1
-        while run.knobs["seed"] in [other.knobs["seed"] for other in groups.get(key, [])]:
-            key = key[0], key[1] + 1
-        groups.setdefault(key, []).append(run)
+        key = group_key(run.config)
+        times[key, run.knobs["seed"]] += 1
+        groups.setdefault((key, times[key, run.knobs["seed"]]), []).append(run)
     names = [group_name([run.folder for run in group]) for group in groups.values()]
     if len(set(names)) < len(names):
         names = [group[0].folder for group in groups.values()]
@@ -130,74 +136,85 @@ def first_crossing(iters, losses, target):
     return float(np.interp(target, losses[two], iters[two]))
 
 
+def spread(each):
+    """{mean, sd, each} of a number per run; None for one that is absent or not finite, and then for all of them."""
+    each = [None if x is None or not np.isfinite(x) else float(x) for x in each]
+    known = [] if None in each else each
+    return dict(mean=np.mean(known) if known else None, sd=np.std(known, ddof=1) if len(known) > 1 else None, each=each)
+
+
 def compare(groups, reference, target_loss=None):
     """
-    A row of the table for each group: its runs, and lists of one number a run, None where a run has no such number.
-    Losses in nats per token, shares as fractions, times in ms. Raises UserError where a reference's loss is not finite.
+    A row of the table for each group: what its runs are, and the `spread` of their numbers. Losses in nats per token,
+    shares as fractions, times in ms. Raises UserError where a reference's loss is not finite.
     """
     by_seed = {run.knobs["seed"]: run for run in groups[reference]}
     rows = []
-    for name, runs in groups.items():
+    for group, runs in groups.items():
         numbers = []
         for run in runs:
             theirs = by_seed.get(run.knobs["seed"], groups[reference][0])
             target = float(theirs.losses[-1]) if target_loss is None else target_loss
-            if not math.isfinite(target):
+            if not np.isfinite(target):
                 raise UserError(f"{reference}: its test loss ends at {target}; give a --target_loss=<nats>")
             iterations, whole = (first_crossing(one.iters, one.losses, target) for one in (run, theirs))
             saved = 1 - iterations / whole if iterations is not None and whole else None
-            negative = np.mean(load_values(run.folder)[1] < 0) if run.has_values else None
-            found = dict(target=target, iterations=iterations, saved=saved, loss=run.losses[-1], negative=negative)
-            for key in ("step_ms", "val_ms"):
-                times = [line[key] for line in run.lines if key in line]
+            found = dict(target=target, iterations=iterations, saved=saved, final_loss=run.losses[-1])
+            found["bits_per_byte"] = run.bits_per_byte
+            found["negative_windows"] = np.mean(load_values(run.folder)[1] < 0) if run.has_values else None
+            for key, name in dict(step_ms="step_ms", validation_ms="val_ms").items():
+                times = [line[name] for line in run.lines if name in line]
                 found[key] = np.median(times) if times else None
             numbers.append(found)
-        row = dict(name=name, runs=runs, reference=name == reference)
-        rows.append(row | {key: [found[key] for found in numbers] for key in numbers[0]})
+        row = dict(name=group, reference=group == reference, arm=runs[0].arm, coverage=runs[0].config["coverage"])
+        row |= dict(runs=runs, folders=[run.folder for run in runs], seeds=[run.knobs["seed"] for run in runs])
+        rows.append(row | {key: spread([found[key] for found in numbers]) for key in numbers[0]})
     return rows
 
 
 def table(rows, loss, goal):
     """The rows as a Markdown table. `loss` and `goal` are the names of the test loss and of the target."""
-    head = ["run", "seeds", f"iterations to the {goal}", "saved", f"final {loss}", "negative windows"]
-    head += ["eligible / scored / corpus windows", "touchable draws", "step, ms", "validation pass, ms"]
-    lines = [head]
+    lines = [["run", "seeds", f"iterations to the {goal}", "saved", f"final {loss}", "bits per byte"]]
+    lines[0] += ["negative windows", "eligible / scored / corpus windows", "touchable draws", "step, ms"]
+    lines[0] += ["validation pass, ms"]
     for row in rows:
-        each, cover = row["iterations"], row["runs"][0].config["coverage"]
+        each, cover = row["iterations"]["each"], row["coverage"]
         some = f" ({len(each) - each.count(None)} of {len(each)} did)" if len(each) > 1 else ""
         saved = "reference" if row["reference"] else number(row["saved"], ".1%")
-        line = [row["name"], str(len(each)), number(each, ",.0f", "not reached" + some), saved]
-        line += [number(row["loss"], ".4f"), number(row["negative"], ".1%")]
-        line += ["{eligible:,} / {scored:,} / {corpus:,}".format(**cover) if cover else "–"]
-        line += [f"{cover['touchable']:.0%}" if cover else "–"]
-        lines.append([*line, number(row["step_ms"], ".1f"), number(row["val_ms"], ".1f")])
+        line = [row["name"], str(len(each)), number(row["iterations"], ",.0f", "not reached" + some), saved]
+        line += [number(row["final_loss"], ".4f", "nan"), number(row["bits_per_byte"], ".4f")]
+        line += [number(row["negative_windows"], ".1%")]
+        counts = "{eligible:,} / {scored:,} / {corpus:,}"
+        line += [counts.format(**cover), f"{cover['touchable']:.0%}"] if cover else ["–", "–"]
+        lines.append([*line, number(row["step_ms"], ".1f"), number(row["validation_ms"], ".1f")])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
-def remarks(groups, reference):
+def remarks(rows):
     """What a reader of the table must know of the runs, as a list of sentences."""
     notes = ["Step: median, without the validation pass. ±: standard deviation over seeds. Coverage: the first seed's."]
-    theirs = groups[reference][0].knobs
-    for name, runs in groups.items():
-        for run in runs:
+    theirs = next(row["runs"][0].knobs for row in rows if row["reference"])
+    for row in rows:
+        for run in row["runs"]:
             if run.iters[-1] < run.knobs["max_iters"]:
                 notes.append(f"{run.folder} has not ended: {run.iters[-1]:,} of {run.knobs['max_iters']:,} iterations.")
-        pairs = [(key, value, theirs.get(key)) for key, value in runs[0].knobs.items() if key not in FREE]
+        pairs = [(key, value, theirs.get(key)) for key, value in row["runs"][0].knobs.items() if key not in FREE]
         differ = [f"{key} {a} (not {b})" for key, a, b in pairs if a != b and not key.startswith(ARM)]
         if differ:
-            notes.append(f"{name} differs from {reference} in more than its windows: {', '.join(differ)}.")
+            notes.append(f"{row['name']} differs from the reference in more than its windows: {', '.join(differ)}.")
     return notes
 
 
 def read_scored(run):
     """
-    What the figures show of a scored run: value (n,) and the log; where its corpus is on this machine, also domains
-    (names), domain (n,) and the windows `highest` and `lowest` as (heading, text). Raises UserError for another corpus.
+    What figures and export show of a scored run: sample_id, value, visits (n,) and the log; where its corpus is on this
+    machine, also its tokens, encoding, documents, domains (names), domain (n,), and the windows `highest` and `lowest`
+    as (heading, text). Raises UserError for another corpus.
     """
     sample_id, value, visits = load_values(run.folder)
-    scored = dict(value=value, log=read_log(run.folder))
+    scored = dict(sample_id=sample_id, value=value, visits=visits, log=read_log(run.folder))
     folder, T = os.path.join(run.knobs["data_dir"], run.knobs["dataset"]), run.knobs["block_size"]
     if not os.path.isdir(folder):
         return scored
@@ -205,16 +222,18 @@ def read_scored(run):
     if meta["fingerprint"] != run.config["fingerprint"]:
         raise UserError(f"{folder}: not the corpus that {run.folder} was trained on; prepare that one again")
     tokens, encoding = open_split(folder, "train", meta), get_tokenizer(meta["tokenizer"])
-    scored |= dict(domains=meta["domains"], domain=window_domains(folder, "train", sample_id, T, meta))
+    pieces = np.array_split(sample_id, len(value) // 2**20 + 1)  # so that memory does not grow with the windows
+    domain = np.concatenate([window_domains(folder, "train", ids, T, meta) for ids in pieces])
+    scored |= dict(tokens=tokens, encoding=encoding, domains=meta["domains"], domain=domain)
+    scored["documents"] = np.load(os.path.join(folder, "train_docs.npy"), mmap_mode="r")
     order = np.argsort(value, kind="stable")
-    k = min(5, max(1, len(order) // 2))
-    for side, chosen in dict(highest=order[::-1][:k], lowest=order[:k]).items():
+    for side, chosen in dict(highest=order[::-1][:5], lowest=order[:5]).items():
         scored[side] = []
         for i, window in zip(chosen, tokens.windows(sample_id[chosen], T).tolist(), strict=True):
             nats = f"{value[i]:+.2e} nats in {visits[i]} visit{'s' * int(visits[i] != 1)}".replace("-", "−")
             heading = f"{nats}, window {sample_id[i]}, {meta['domains'][scored['domain'][i]]}"
             text = encoding.decode_bytes(window).decode("utf-8", errors="backslashreplace")
-            scored[side].append((heading, printable(text)))
+            scored[side].append((printable(heading), printable(text)))
     return scored
 
 
@@ -223,21 +242,32 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="run", help="a run's folder")
     parser.add_argument("--target_loss", type=float, metavar="NATS", help="default: the reference's final test loss")
     parser.add_argument("--test_set", default="all", metavar="SET", help="go by the test loss of one of the val_sets")
+    parser.add_argument("--reference", metavar="RUN", help="default: the control among the runs, or the first run")
     parser.add_argument("--out", default="out/report", metavar="FOLDER", help="for the figures; default: out/report")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of the table")
+    parser.add_argument("--export", metavar="FILE", help="write the scored windows to a .jsonl or .parquet file")
+    parser.add_argument("--export_by", choices=["window", "document"], default="window", help="the rows of --export")
+    parser.add_argument("--filter_column", default="", metavar="NAME", help="--export goes by another column of values")
     args = parser.parse_args(argv)
-    runs = [read_run(folder, args.test_set) for folder in {os.path.realpath(path): path for path in args.runs}.values()]
-    for run in runs:
-        if run.config["fingerprint"] != runs[0].config["fingerprint"]:
-            found = "were trained on different corpora, so their losses do not compare"
-            raise UserError(f"{runs[0].folder} and {run.folder} {found}; run report.py on each by itself")
-    groups = group_runs(runs)
-    controls = [name for name, (run, *_) in groups.items() if run.knobs["filter_from"] and not run.drops]
-    reference = [*controls, *groups][0]
-    rows, notes = compare(groups, reference, args.target_loss), remarks(groups, reference)
+    if args.export and (not args.export.endswith((".jsonl", ".parquet")) or os.path.isdir(args.export)):
+        raise UserError(f"--export={args.export}: expected a file whose name ends in .jsonl or .parquet")
+    runs = {os.path.realpath(folder): read_run(folder, args.test_set) for folder in args.runs}
+    first = next(iter(runs.values()))
+    for run in runs.values():
+        if run.config["fingerprint"] != first.config["fingerprint"]:
+            raise UserError(f"{first.folder} and {run.folder} were trained on different corpora; report each by itself")
+    controls = [path for path, run in runs.items() if run.arm == "control"]
+    chosen = os.path.realpath(args.reference) if args.reference else [*controls, *runs][0]
+    if chosen not in runs:
+        raise UserError(f"--reference={args.reference}: not among the runs; add it to them")
+    groups = group_runs(runs.values())
+    reference = next(name for name, group in groups.items() if runs[chosen] in group)
+    rows = compare(groups, reference, args.target_loss)
+    notes = remarks(rows)
     loss = "test loss" if args.test_set == "all" else f"test loss on {args.test_set}"
     goal = f"final {loss} of {reference}" if args.target_loss is None else f"target {loss}"
 
-    run = next((run for run in runs if run.has_values), None)
+    run = next((run for run in runs.values() if run.has_values), None)
     scored = read_scored(run) if run else {}
     if not scored:
         notes.append("No run has values (values.npz of a run with --score=True that has ended): no value figures.")
@@ -245,9 +275,31 @@ def main(argv=None):
         notes.append(f"Values in the figures: {run.folder}, column {scored['log']['directions'][0]}.")
     if scored and "domain" not in scored:
         notes.append(f"The corpus {run.knobs['dataset']} is not here, so there are no domains and no windows as text.")
-    write_figures(args.out, rows, loss, goal, scored)
-    print(table(rows, loss, goal), "", *notes, f"Figures: {args.out}", sep="\n")
+    if args.export and "domain" not in scored:
+        raise UserError(f"--export={args.export}: {notes[-1]}")
+    exported = scored | read_column(run.folder, args.filter_column) if args.export else {}
+    # opened first, so that nothing is written where the export cannot be
+    with atomic_write(args.export, f".{os.getpid()}") if args.export else nullcontext() as file:
+        files = write_figures(args.out, rows, loss, goal, scored)
+        if args.export:
+            files["export"] = args.export
+            count, kept = export(file, args.export, args.export_by, exported, run.knobs["block_size"])
+            notes.append(f"Export: {args.export}, {count:,} {args.export_by}s of {run.folder}, {kept:,} of them kept.")
+    if args.json:
+        shown = [{key: value for key, value in row.items() if key != "runs"} for row in rows]
+        print(json.dumps(dict(rows=shown, notes=notes, files=files), indent=1, allow_nan=False))
+    else:
+        print(table(rows, loss, goal), "", *notes, f"Figures: {args.out}", sep="\n")
+
+
+def stand_in(error):
+    """For a stream whose encoding lacks a character: an ASCII one, or its escape."""
+    stand_ins = {"–": "-", "−": "-", "±": "+-"}
+    lacking = error.object[error.start : error.end]
+    return "".join(stand_ins.get(c, c.encode("unicode_escape").decode()) for c in lacking), error.end
 
 
 if __name__ == "__main__":
+    codecs.register_error("stand_in", stand_in)
+    sys.stdout.reconfigure(errors="stand_in")
     main()

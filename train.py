@@ -10,11 +10,12 @@ Trains GPT-2 and, in the same backward pass, values every training sample (data_
     python train.py --help                                       # the knobs
 
 A run's folder, out_dir, gets config.json, metrics.jsonl, ckpt.pt, dot_prod/ and, when the run has ended, values.npz.
-SIGTERM ends a run after the step it is in, with a checkpoint.
+SIGTERM and Ctrl-C end a run after the step it is in, with a checkpoint; a second Ctrl-C ends it at once.
 """
 
 import inspect
 import math
+import signal
 import sys
 import time
 from contextlib import ExitStack, closing
@@ -26,16 +27,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_value import Directions, retreat_to_midpoint, validation_gradient, weight_gradient_shapes
+from data_value import Directions, choose_kernels, retreat_to_midpoint, validation_gradient
 from model import GPT, GPTConfig
-from support import kernels, operators
+from support import operators
 from support.configurator import UserError, check_training, configure
 from support.corpus import get_tokenizer
-from support.processes import how_to_resume, keep_freed_memory, processes, watch_sigterm
+from support.cost import line_of, step_cost, timed
+from support.processes import how_to_resume, keep_freed_memory, processes, watch_signals, without_traceback
 from support.run_folder import RunFolder
 from support.values import load_values, write_values
 from support.watch import Watch
-from support.windows import Windows, hash_of, to_device
+from support.windows import Windows, hash_of
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Knobs:
     log_interval: int = 10  # iterations between printed lines
     wandb_log: bool = False  # also log to Weights & Biases
     wandb_project: str = "data-value"
-    wandb_run_name: str = "gpt2"
+    wandb_run_name: str = ""  # '': the name of out_dir
     # the data
     data_dir: str = "data"
     dataset: str = "openwebtext"  # the folder of data_dir that prepare_owt.py has written
@@ -60,7 +62,7 @@ class Knobs:
     # the values
     score: bool = False  # value every window of every batch
     val_batch_size: int = 1  # m, the validation windows that a direction is made of, by default drawn every iteration
-    val_sets: str = "all"  # of the val split: 'all', domains, or other corpora of data_dir; 'a,b': values for each
+    val_sets: str = "all"  # of the val split: 'all', domains, corpora of data_dir; 'a,b': values for each; \, in a name
     val_windows: int = 0  # draw only from so many windows of each set; 0: from all
     val_groups: int = 1  # make a direction of each of so many parts of the m windows, for standard errors
     val_average: float = 0.0  # half-life, in iterations, of a running average of validation gradients; 0: none
@@ -118,26 +120,20 @@ def make_model(knobs, vocab_size, checkpoint, resumed):
     shape = {key: getattr(knobs, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
     shape["vocab_size"] = knobs.vocab_size or vocab_size
     try:
-        if resumed:
-            model = GPT(GPTConfig(**checkpoint["model_args"]))
-            model.load_state_dict(checkpoint["model"])
-        elif checkpoint is not None:
-            for key, value in shape.items():
-                found = checkpoint["model_args"].get(key)
-                if found != value:
-                    what = f"its {key} is {found}, this run's is {value}"
-                    raise UserError(f"--init_from={knobs.init_from}: {what}; use --{key}={found}")
-            model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
-            # nanoGPT's torch.compile leaves a prefix in its checkpoints
-            model.load_state_dict({key.removeprefix("_orig_mod."): t for key, t in checkpoint["model"].items()})
+        if checkpoint:
+            model = GPT.from_checkpoint(checkpoint, knobs.init_from, knobs.dropout)
         elif knobs.init_from == "scratch":
             model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
         else:
             model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
-            n = model.config.block_size
-            if knobs.block_size > n:
-                found = f"{knobs.init_from} has {n} positions"
-                raise UserError(f"--block_size={knobs.block_size}: {found}; use --block_size={n}")
+        found, n = asdict(model.config), model.config.block_size
+        other = [f"--{key}={found[key]}" for key in shape if key != "block_size" and found[key] != shape[key]]
+        if other and checkpoint and not resumed:
+            raise UserError(f"--init_from={knobs.init_from}: a model of another shape; use {' '.join(other)}")
+        if knobs.block_size > n:
+            what = f"{knobs.init_from} has {n} positions"
+            raise UserError(f"--block_size={knobs.block_size}: {what}; use --block_size={n}")
+        if knobs.block_size < n:
             model.crop_block_size(knobs.block_size)
         model.to(knobs.device)
     except RuntimeError as error:
@@ -151,7 +147,16 @@ def make_model(knobs, vocab_size, checkpoint, resumed):
 
 
 def compile_model(model, knobs, ranks, n_test_sets):
-    """(net, compiled): what trains, which averages the gradients of the ranks, and what validates and evaluates."""
+    """
+    (net, compiled): what trains, which averages the gradients of the ranks, and what validates and evaluates. Raises
+    UserError where nothing can be compiled.
+    """
+    if knobs.compile:
+        try:
+            torch.compile(torch.neg)(torch.ones(1, device=knobs.device))
+        except Exception as error:  # each of its parts has exceptions of its own
+            what = f"torch.compile does not work here ({str(error).strip().splitlines()[0]:.150})"
+            raise UserError(f"--compile=True: {what}; use --compile=False, or install a C++ compiler") from error
     # a graph for every shape: training, scoring, validation, and the last batch of each test set
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 2 * n_test_sets)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, disable=not knobs.compile)
@@ -163,45 +168,16 @@ def compile_model(model, knobs, ranks, n_test_sets):
     return DistributedDataParallel(compiled, **{buffers: False}), compiled
 
 
-def choose_kernels(model, knobs, ranks, n_directions):
-    """On a GPU, take the fastest correct version of every weight gradient, the same on all ranks; print which."""
-    operators.weight_gradients = {}
-    dtype = getattr(torch, knobs.dtype)
-    shapes = weight_gradient_shapes(model, knobs.batch_size, knobs.block_size, knobs.device.split(":")[0], dtype)
-    choice = None
-    if ranks.rank == 0:
-        choice, reason = kernels.choose(knobs.device, shapes, dtype, operators.add_samples, n_directions)
-        print(reason)
-    operators.weight_gradients = ranks.broadcast(choice, knobs.device)
-
-
-def timed(run, device, wanted):
-    """What run() returns, and the milliseconds that it took, if they are wanted; else 0, and nothing is waited for."""
-    if not wanted:
-        return run(), 0.0
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = run()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return result, (time.perf_counter() - started) * 1000
-
-
-def forward(net, windows, alpha, seed, knobs, autocast):
-    """The mean loss of a micro-batch, (b, T + 1) tokens on the host, with alpha, (b, K), or None."""
+def forward(net, batch, alpha, seed, knobs, autocast):
+    """The mean loss of a micro-batch x, y, (b, T), with alpha, (b, K), or None."""
     if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
         torch.manual_seed(hash_of(*seed))
     with autocast:
-        return net(*to_device(windows, knobs.device), alpha)[1]
+        return net(*batch, alpha)[1]
 
 
 def validation_gradients(net, windows, iter_num, knobs, ranks, autocast):
-    """
-    Yields the gradient and the mean loss of each group of this iteration's windows of each validation set; the ranks
-    share a group's windows.
-    """
+    """Yields (gradient, mean loss) of every group of this iteration's windows of every set; the ranks share a group."""
     for name in windows.val_sets:
         tokens, ids = windows.validation(name, iter_num)
         for group in np.split(ids, knobs.val_groups):
@@ -230,8 +206,10 @@ def test_losses(net, windows, iter_num, folder, knobs, ranks, autocast):
     losses = {name: evaluate(net, windows, *found, knobs, ranks, autocast) for name, found in windows.test_sets.items()}
     if not all(map(math.isfinite, losses.values())):
         folder.stop(f"iteration {iter_num}: a test loss is not finite: {losses}")
-    said = ", ".join(f"{name.replace('_', ' ', 2)} {loss:.4f}" for name, loss in losses.items())
-    return {"iter": iter_num} | losses, f"iter {iter_num}: {said}"
+    lengths = windows.bytes_per_token
+    bpb = {name.replace("loss", "bpb", 1): losses[name] / math.log(2) / lengths[name] for name in lengths}
+    said = ", ".join(f"{name.replace('_', ' ', 2)} {value:.4f}" for name, value in (losses | bpb).items())
+    return {"iter": iter_num} | losses | bpb, f"iter {iter_num}: {said}"
 
 
 def predicted_drop(gradient, params, before):
@@ -243,7 +221,7 @@ def predicted_drop(gradient, params, before):
 def worst_windows(model, windows, autocast, iter_num, ids, val_loss):
     """The end of a message: what a step that went wrong was made of, `ids` and perhaps its validation windows."""
     model.eval()
-    sets = [("train", windows.data["train"], ids)]
+    sets = [("train", windows.train, ids)]
     if not math.isfinite(val_loss):
         sets += [(f"val ({name})", *windows.validation(name, iter_num)) for name in windows.val_sets]
     message = ""
@@ -259,13 +237,13 @@ def worst_windows(model, windows, autocast, iter_num, ids, val_loss):
 
 
 def train(knobs, ranks, stack):
-    """The run of this process; `stack` closes its files and its thread, and gives back the signal handler."""
+    """The run of this process; `stack` ends what it begins. Returns the signal that has stopped it, or 0."""
     B = knobs.batch_size * knobs.gradient_accumulation_steps  # windows in an iteration, of all ranks
     micro_steps = knobs.gradient_accumulation_steps // ranks.world  # of this rank
 
     # the windows; the run's folder; the model, the optimiser and the directions, new or as the checkpoint has them
     windows = Windows(knobs)
-    folder = RunFolder(knobs, ranks, windows.identity(), stack)
+    folder = RunFolder(knobs, ranks, windows.identity, stack)
     checkpoint = folder.checkpoint()
     torch.manual_seed(knobs.seed)
     model = make_model(knobs, windows.meta["vocab_size"], checkpoint, folder.resumed)
@@ -286,11 +264,13 @@ def train(knobs, ranks, stack):
     net, compiled = compile_model(model, knobs, ranks, len(windows.test_sets))
     autocast = torch.autocast(knobs.device.split(":")[0], torch.bfloat16, enabled=knobs.dtype == "bfloat16")
     how = knobs, ranks, autocast
-    folder.describe(model, windows.coverage)
+    folder.begin(model, windows.coverage)
     windows.describe(ranks)
     if knobs.score:
-        choose_kernels(model, knobs, ranks, len(directions.names))
-    terminated = watch_sigterm(stack, ranks, knobs)
+        if ranks.rank == 0:
+            print(choose_kernels(model, knobs, len(directions.names)))
+        operators.weight_gradients = ranks.broadcast(operators.weight_gradients, knobs.device)
+    signalled = watch_signals(stack, ranks, knobs)
     watch = Watch(folder, partial(worst_windows, model, windows, autocast))
 
     # training
@@ -301,7 +281,7 @@ def train(knobs, ranks, stack):
     progress = tqdm(total=knobs.max_iters, initial=iter_num, unit="it", disable=None if ranks.rank == 0 else True)
     while True:
         last = iter_num == knobs.max_iters
-        stopped = terminated() and not last
+        stopped = 0 if last else signalled()
         report = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
         saves, tests = (iter_num % n == 0 for n in (knobs.checkpoint_interval, knobs.eval_interval))
         if last or stopped or report or saves or tests:  # what a GPU has still to do belongs to the steps before
@@ -310,14 +290,14 @@ def train(knobs, ranks, stack):
             watch.check_parameters(iter_num, optimizer)
             shares = (ranks.total(torch.stack(negative)) / ranks.world).tolist() if negative else []
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=asdict(model.config))
-            state |= dict(iter_num=iter_num, position=position, negative=shares)
+            state |= dict(iter_num=iter_num, position=position, negative=shares, tokenizer=windows.meta["tokenizer"])
             state |= dict(val_gradients=directions.state() if knobs.score else [])
             folder.save(state, directions.names if knobs.score else [])
         if stopped:
             progress.close()
             if ranks.rank == 0:
-                print(f"SIGTERM: stopped after {iter_num} iterations; {how_to_resume(knobs)}")
-            return
+                print(f"{signal.Signals(stopped).name}: stopped after {iter_num} iterations; {how_to_resume(knobs)}")
+            return stopped
         if last or tests:
             folder.record(*test_losses(compiled, windows, iter_num, folder, *how))
         if last:
@@ -388,32 +368,30 @@ def train(knobs, ranks, stack):
         if report:
             mean_loss = ranks.total(mean_loss).item() / ranks.world
             metrics = dict(iter=iter_num, loss=mean_loss, lr=lr, grad_norm=norm.item())
-            metrics["step_ms"] = spent / taken
-            metrics["tokens_per_s"] = B * knobs.block_size / metrics["step_ms"] * 1000
-            line = "iter {iter}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms"
+            metrics |= step_cost(spent / taken, model, knobs, ranks.world)
             if knobs.score:
                 metrics["negative"] = ranks.total(torch.stack(negative).mean()).item() / ranks.world
                 metrics["predicted"] = predicted_drop(directions.mean(), params, theta)
                 metrics["realised"] = val_before - evaluate(compiled, windows, *first_set, *how)
                 metrics["value_sum"] = ranks.total(lr * clip / B * first.sum()).item()
                 metrics["val_ms"] = val_ms
-                line += " ({val_ms:.0f} validation), {negative:.1%} negative; validation loss: predicted drop "
-                line += "{predicted:.2e}, realised {realised:.2e}, sum of values {value_sum:.2e}"
                 negative.clear()
-            folder.record(metrics, line.format(**metrics))
+            folder.record(metrics, line_of(metrics))
             spent, taken = 0.0, 0
         iter_num += 1
         progress.update()
 
     progress.close()
     if knobs.score and ranks.rank == 0:
-        print_values(knobs)
+        print_values(folder, knobs)
+    return 0
 
 
-def print_values(knobs):
+def print_values(folder, knobs):
     """Write values.npz at the end of a scored run, and say what its share of negatives tells."""
     write_values(knobs.out_dir)
     sample_id, value, visits = load_values(knobs.out_dir)
+    folder.summarise(value)
     share = f"{(value < 0).mean():.1%} of them negative"
     print(f"{knobs.out_dir}/values.npz: {len(sample_id):,} windows valued in {visits.sum():,} visits, {share}")
     if not knobs.val_average:  # with it some 40% are negative, although its values agree better
@@ -424,8 +402,11 @@ def print_values(knobs):
 def main():
     knobs = configure(Knobs, sys.argv[1:])
     keep_freed_memory()
-    with processes(knobs) as ranks, ExitStack() as stack:
-        train(knobs, ranks, stack)
+    with without_traceback():
+        with processes(knobs) as ranks, ExitStack() as stack:
+            stopped = train(knobs, ranks, stack)
+        if stopped == signal.SIGINT:
+            raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

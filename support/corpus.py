@@ -103,13 +103,21 @@ class Tokens:
         The tokens [i*T, i*T + T] of every window i in `ids`, (k,) -> (k, T + 1) uint16. Raises UserError where one of
         them is damaged.
         """
-        first = ids * (2 * block_size)  # in bytes
-        last = first + 2 * block_size + 1
+        self._check(ids * block_size, ids * block_size + block_size)
+        return self.bytes.view("<u2")[ids[:, None] * block_size + np.arange(block_size + 1)]
+
+    def span(self, start, stop):
+        """The tokens start to stop - 1, (stop - start,) uint16. Raises UserError where one of them is damaged."""
+        self._check(np.array([start]), np.array([stop - 1]))
+        return self.bytes.view("<u2")[start:stop]
+
+    def _check(self, first, last):
+        """Raise UserError if a token from first to last, (k,), both included, is on a damaged page."""
+        first, last = 2 * first, 2 * last + 1  # in bytes
         for page in {page for a, b in zip(first // PAGE, last // PAGE, strict=True) for page in range(a, b + 1)}:
             if zlib.crc32(self.bytes[page * PAGE : (page + 1) * PAGE]) != self.checksums[page]:
                 found = f"the bytes from {page * PAGE:,} on are damaged, as their checksum says"
                 raise UserError(f"{self.path}: {found}; prepare the corpus again with prepare_owt.py")
-        return self.bytes.view("<u2")[ids[:, None] * block_size + np.arange(block_size + 1)]
 
 
 def count_windows(data, block_size):

@@ -208,10 +208,15 @@ def compiled(run, autocast, logits):
     def on_gpu(tensor, tx):
         return ConstantVariable.create(True)
 
+    def slice_on_gpu(B, T, V, device_type, dtype, head_slice=operators.head_slice):
+        return head_slice(B, T, V, "cuda", dtype)
+
     torch._dynamo.reset()
     with (
         config.patch(cpu_backend="triton", fx_graph_cache=False),
         mock.patch.object(TensorVariable, "method_attr_is_cuda", on_gpu),
+        mock.patch.object(row_kernels, "runs_on", lambda x: True),
+        mock.patch.object(operators, "head_slice", slice_on_gpu),
     ):
         with autocast:
             result = torch.compile(run, backend=backend, fullgraph=True, dynamic=False)()

@@ -1,24 +1,22 @@
 """The drawing of report.py. `rows` are those that its compare returns, `scored` is what its read_scored returns."""
 
+import fcntl
 import functools
-import math
+import io
+import logging
 import os
-import re
-import textwrap
+import unicodedata
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import font_manager
+from matplotlib import font_manager, rc_context, rcParams
+from matplotlib.figure import Figure
 
-from support.files import atomic_write
+from support.files import atomic_write, writing
 
-RC = {"font.size": 8.5, "legend.fontsize": 8, "legend.frameon": False, "lines.linewidth": 1.5, "hatch.linewidth": 0.6}
-RC |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "savefig.dpi": 200}
-RC |= {"axes.formatter.useoffset": False, "figure.constrained_layout.use": True}
-RC |= {"figure.constrained_layout.h_pad": 0.08, "text.parse_math": False}  # a $ in a window's text is a dollar
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it warns of a font without a regular weight
+RC = {"font.size": 8.5, "legend.fontsize": 8, "legend.frameon": False, "hatch.linewidth": 0.6, "savefig.dpi": 200}
+RC |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}  # a $ is a dollar
+RC |= {"axes.formatter.useoffset": False, "figure.constrained_layout.h_pad": 0.08}
 # A reader can tell the runs apart in grey too: by dashes and markers.
 COMPARED = [("#0064b0", "-", "o"), ("#d9730d", "-.", "s"), ("#2f9e6e", (0, (1, 1)), "^"), ("#b06ab3", (0, (6, 2)), "D")]
 DOTTED = dict(color="0.35", linewidth=0.8, linestyle=(0, (1, 2)))
@@ -26,54 +24,83 @@ NEGATIVE = dict(facecolor="#b2432f", edgecolor="white", hatch="/////", linewidth
 POSITIVE = dict(facecolor="#a9c7e4", linewidth=0)
 
 
-def number(each, form, absent="–"):
-    """The mean of a number per run with its standard deviation over several, '12.3 ± 0.4%'; `absent` if one is None."""
-    if None in each:
+def number(cell, form, absent="–"):
+    """'12.3 ± 0.4%' of {mean, sd}, `absent` if there is no mean."""
+    if cell["mean"] is None:
         return absent
-    sd = f" ± {np.std(each, ddof=1):{form.lstrip('+')}}" if len(each) > 1 else ""
-    return f"{np.mean(each):{form}}{sd}".replace("% ±", " ±").replace("-", "−")
+    sd = f" ± {cell['sd']:{form.lstrip('+')}}" if cell["sd"] is not None else ""
+    return f"{cell['mean']:{form}}{sd}".replace("% ±", " ±").replace("-", "−")
 
 
-def printable(text):
-    """The text on one line: a line end is ↵; what does not print or is not in the font is an escape."""
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))
-    text = text.replace("\r\n", "↵").replace("\n", "↵")
-    drawn = (c.isprintable() and font.get_char_index(ord(c)) for c in text)
-    return "".join(c if ok else c.encode("unicode_escape").decode() for c, ok in zip(text, drawn, strict=True))
+@functools.cache
+def has_glyph(family, c):
+    path = font_manager.findfont(font_manager.FontProperties(family=[family]))
+    return font_manager.get_font(path).get_char_index(ord(c)) > 0
+
+
+def printable(text, families=()):
+    """
+    The text on one line: a line end is ↵, and what does not print is an escape. If it is drawn, with fonts of these
+    `families`, so is what they lack, and a fourth accent on one letter.
+    """
+    shown, marks = "", 0
+    for c in text.replace("\r\n", "↵").replace("\n", "↵"):
+        marks = marks + 1 if unicodedata.category(c) == "Mn" else 0
+        # isprintable is False for spaces of other scripts and for the joiners that Hindi and emoji are spelt with
+        prints = c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d"
+        drawn = not families or (marks < 4 and any(has_glyph(family, c) for family in families))
+        shown += c if prints and drawn else c.encode("unicode_escape").decode()
+    return shown
+
+
+def families_for(text):
+    """DejaVu Sans, and other fonts of this system that have what it lacks of `text`."""
+    families, missing = ["DejaVu Sans"], {c for c in printable(text) if not has_glyph("DejaVu Sans", c)}
+    installed = set(font_manager.get_font_names()) - {"Last Resort High-Efficiency"}  # a box for every character
+    for family in sorted(installed):
+        drawn = {c for c in missing if has_glyph(family, c)}
+        families += [family] if drawn else []
+        missing -= drawn
+    return families
+
+
+def shorten(text, columns, rows):
+    """The text as it is drawn, in rows of so many cells: a character that DejaVu Sans Mono lacks takes two."""
+    drawn = printable(text[: 5 * columns * rows], rcParams["font.family"])
+    cells = "".join(c if has_glyph("DejaVu Sans Mono", c) else c + "\0" for c in " ".join(drawn.split()))
+    if len(cells) > columns * rows:
+        cells = cells[: columns * rows - 1] + "…"
+    return "\n".join(cells[i : i + columns] for i in range(0, len(cells), columns)).replace("\0", "")
 
 
 def draw_loss(ax, rows, loss, goal):
-    """
-    Test loss against iterations, with a band of one standard deviation over seeds. Arrows go from the reference's
-    iterations to the target to those of a run. `loss` and `goal` are the names of the loss and the target.
-    """
+    """Test loss against iterations, a band of one sd over seeds, arrows for savings. `loss` and `goal` are names."""
     reference, others = next(row for row in rows if row["reference"]), [row for row in rows if not row["reference"]]
-    marked = [row for row in others if row["runs"][0].drops] or others
-    target = low = high = np.mean(reference["target"])
+    marked = [row for row in others if row["arm"] == "treatment"] or others
+    target = low = high = reference["target"]["mean"]
     for row in rows:
-        iters = functools.reduce(np.intersect1d, [run.iters for run in row["runs"]])
+        iters = np.array(sorted(set.intersection(*(set(run.iters) for run in row["runs"]))))
         losses = np.stack([run.losses[np.searchsorted(run.iters, iters)] for run in row["runs"]])
         mean, sd = losses.mean(0), losses.std(0, ddof=min(1, len(losses) - 1))
         color, dashes, marker = ("black", "--", None) if row is reference else ("0.62", "-", None)
         label = row["name"] + " (reference)" * (row is reference) + f", {len(losses)} seeds ± sd" * (len(losses) > 1)
         if row in marked:
             color, dashes, marker = COMPARED[marked.index(row) % len(COMPARED)]
-            saved = [-share for share in row["saved"] if share is not None]
-            label += f": {number(saved, '+.1%')} iterations" if len(saved) == len(losses) else ": saving –"
+            label += f": saving {number(row['saved'], '.1%')}"
         look = dict(color=color, linestyle=dashes, marker=marker, ms=3.5, markevery=max(1, len(iters) // 12))
-        ax.plot(iters, mean, label=label, **look)
+        ax.plot(iters, mean, label=printable(label, rcParams["font.family"]), **look)
         ax.fill_between(iters, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
         # the steep fall of the first iterations would leave no room for the rest: it is cut off
-        low, high = np.fmin(low, np.nanmin(mean)), np.fmax(high, np.interp(0.15 * iters[-1], iters, mean))
+        low, high = np.fmin(low, np.fmin.reduce(mean)), np.fmax(high, np.interp(0.15 * iters[-1], iters, mean))
     ax.axhline(target, label=f"{goal}: {target:.3f}", **DOTTED)
     step = max(high - low, 1e-6) / 14
     for row in marked:
-        if None not in row["saved"] + reference["iterations"]:
+        begin, end = reference["iterations"]["mean"], row["iterations"]["mean"]
+        if begin and end is not None:
             low -= step
-            ends = [np.mean(one["iterations"]) for one in (reference, row)]
-            ax.vlines(ends, low, target, **DOTTED)
-            arrow = dict(arrowstyle="-|>", shrinkA=0, shrinkB=0, mutation_scale=8)
-            ax.annotate("", (ends[1], low), (ends[0], low), arrowprops=arrow)
+            ax.vlines([begin, end], low, target, **DOTTED)
+            arrow = dict(arrowstyle="-|>", shrinkA=0, shrinkB=0)
+            ax.annotate("", (end, low), (begin, low), arrowprops=arrow)
     ax.set(xlabel="iteration", ylabel=f"{loss} (nats per token)", xlim=(0, None), ylim=(low - step, high + step))
     ax.legend(loc="upper right")
 
@@ -83,7 +110,7 @@ def draw_histogram(ax, value):
     low, high = np.percentile(value, [0.5, 99.5])
     shown = 1e6 * value[(value >= low) & (value <= high)]
     width = max(np.ptp(np.append(shown, 0)), 1e-12) / 60
-    edges = np.arange(math.floor(min(shown.min(), 0) / width), math.floor(max(shown.max(), 0) / width) + 2) * width
+    edges = np.arange(np.floor(min(shown.min(), 0) / width), np.floor(max(shown.max(), 0) / width) + 2) * width
     share, beyond = (value < 0).mean(), 1 - len(shown) / len(value)
     ax.hist(shown[shown < 0], edges, label=f"below zero: {share:.1%}", **NEGATIVE)
     ax.hist(shown[shown >= 0], edges, label=f"zero or above: {1 - share:.1%}", **POSITIVE)
@@ -97,14 +124,11 @@ def draw_domains(ax, value, domain, names):
     """Boxes of the values (n,) in the 14 largest domains, fewest negative ones on top; domain (n,) indexes names."""
     present, sizes = np.unique(domain, return_counts=True)
     largest = present[np.argsort(-sizes)[:14]]
-    parts = sorted([(value[domain == d], printable(names[d])) for d in largest], key=lambda part: -(part[0] < 0).mean())
-    quantiles = [np.percentile(1e6 * part, [5, 25, 50, 75, 95]) for part, _ in parts]
-    boxes = [dict(zip(("whislo", "q1", "med", "q3", "whishi"), row, strict=True)) for row in quantiles]
-    black = dict(color="black", linewidth=1.5)
-    ax.bxp(boxes, orientation="horizontal", showfliers=False, patch_artist=True, boxprops=POSITIVE, medianprops=black)
+    parts = sorted([(value[domain == d], names[d]) for d in largest], key=lambda part: -(part[0] < 0).mean())
+    labels = [f"{shorten(name, 22, 1)}\n{(v < 0).mean():.0%} of {len(v):,}" for v, name in parts]
+    look = dict(patch_artist=True, boxprops=POSITIVE, medianprops=dict(color="black", linewidth=1.5), showfliers=False)
+    ax.boxplot([1e6 * v for v, _ in parts], tick_labels=labels, orientation="horizontal", whis=(5, 95), **look)
     ax.axvline(0, color="black", linewidth=1)
-    labels = [f"{name if len(name) < 22 else name[:20] + '…'}\n{(v < 0).mean():.0%} of {len(v):,}" for v, name in parts]
-    ax.set_yticks(range(1, len(parts) + 1), labels)
     ax.set(xlabel="value of a window (10⁻⁶ nats): quartiles, 5th to 95th percentile", ylabel="domain, negative windows")
 
 
@@ -123,45 +147,67 @@ def draw_over_run(share_ax, value_ax, log):
     value_ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98), borderpad=0)
 
 
-def draw_windows(ax, highest, lowest, columns=90, lines=2):
-    """The windows of highest value on the left, of lowest on the right: heading and first lines; blanks become one."""
+def draw_windows(ax, highest, lowest):
+    """The windows of highest value on the left, of lowest on the right: a heading and two lines of each."""
+    mono = ["DejaVu Sans Mono", *rcParams["font.family"]]
     ax.axis("off")
-    ax.set(ylim=(1 + len(highest) * (lines + 1.6), 0), xlim=(0, 1))
+    ax.set(ylim=(1 + len(highest) * 3.6, 0), xlim=(0, 1))
     for x, title, side in ((0, "Highest values", highest), (0.51, "Lowest values", lowest)):
-        ax.text(x, 0, title, fontweight="bold", va="center")
+        ax.text(x, 0, title, fontweight="bold", va="center", family="DejaVu Sans")
         for place, (heading, text) in enumerate(side):
-            y = 1.6 + place * (lines + 1.6)
-            ax.text(x, y, printable(heading), fontsize=7.5, va="center", color="0.25")
-            rows = textwrap.wrap(re.sub(" +", " ", text).strip(), columns, max_lines=lines, placeholder="…")
-            ax.text(x, y + 0.5, "\n".join(rows), fontsize=6.2, family="DejaVu Sans Mono", va="top", linespacing=1.6)
+            y = 1.6 + place * 3.6
+            ax.text(x, y, shorten(heading, 80, 1), fontsize=7.5, va="center", color="0.25")
+            ax.text(x, y + 0.5, shorten(text, 90, 2), fontsize=6.2, family=mono, va="top", linespacing=1.6)
 
 
-@plt.rc_context(RC)
-def write_figures(out, rows, loss, goal, scored):
-    """Write loss.png and, of a `scored` run, values.png, report.png and windows.txt to the folder `out`."""
-    with_corpus = "domain" in scored
-    figures = {"loss.png": plt.figure(figsize=(5.6, 3.9))}
-    draw_loss(figures["loss.png"].add_subplot(), rows, loss, goal)
+def draw_figures(rows, loss, goal, scored):
+    """loss.png and, of a `scored` run, values.png, report.png and windows.txt: {name: bytes}."""
+    sides = {side: scored[side] for side in ("highest", "lowest") if side in scored}
+    panels, made = {"loss.png": [["loss"]]}, {}
     if scored:
-        figures["values.png"] = plt.figure(figsize=(9.6 if with_corpus else 5.6, 6))
-        mosaic = [[name] + ["domains"] * with_corpus for name in ("histogram", "share", "quantiles")]
-        axes = figures["values.png"].subplot_mosaic(mosaic, height_ratios=[1.9, 0.7, 1.1])
-        draw_histogram(axes["histogram"], scored["value"])
-        draw_over_run(axes["share"], axes["quantiles"], scored["log"])
-        if with_corpus:
-            draw_domains(axes["domains"], scored["value"], scored["domain"], scored["domains"])
-        figures["report.png"] = plt.figure(figsize=(10.2, 6.9 if with_corpus else 3.9))
-        mosaic = [["loss", "histogram"]] + [["windows", "windows"]] * with_corpus
-        axes = figures["report.png"].subplot_mosaic(mosaic, height_ratios=[3.9, 3.0][: len(mosaic)])
-        draw_loss(axes["loss"], rows, loss, goal)
-        draw_histogram(axes["histogram"], scored["value"])
-        if with_corpus:
-            draw_windows(axes["windows"], scored["highest"], scored["lowest"])
-            with atomic_write(os.path.join(out, "windows.txt")) as file:
-                for side in ("highest", "lowest"):
-                    windows = "\n\n".join(f"{heading}\n    {text}" for heading, text in scored[side])
-                    file.write(f"{side.title()} values\n\n{windows}\n\n".replace("↵", "↵\n    ").encode())
-    for name, fig in figures.items():
-        with atomic_write(os.path.join(out, name)) as file:
-            fig.savefig(file, format="png")
-        plt.close(fig)
+        panels["values.png"] = [[name] + ["domains"] * bool(sides) for name in ("histogram", "share", "quantiles")]
+        panels["report.png"] = [["loss", "histogram"]] + [["windows", "windows"]] * bool(sides)
+    heights = {"loss": 3.9, "histogram": 3.0, "share": 1.1, "quantiles": 1.9, "windows": 3.0}  # inches
+    names = [loss, goal, *(row["name"] for row in rows), *scored.get("domains", [])]
+    texts = [text for side in sides.values() for window in side for text in window]
+    with rc_context(RC | {"font.family": families_for("".join(names + texts))}):
+        loss, goal = (printable(text, rcParams["font.family"]) for text in (loss, goal))
+        for name, mosaic in panels.items():
+            height = [heights[row[0]] for row in mosaic]
+            fig = Figure(figsize=(5.1 * len(mosaic[0]), sum(height)), layout="constrained")
+            axes = fig.subplot_mosaic(mosaic, height_ratios=height)
+            if "loss" in axes:
+                draw_loss(axes["loss"], rows, loss, goal)
+            if "histogram" in axes:
+                draw_histogram(axes["histogram"], scored["value"])
+            if "share" in axes:
+                draw_over_run(axes["share"], axes["quantiles"], scored["log"])
+            if "domains" in axes:
+                draw_domains(axes["domains"], scored["value"], scored["domain"], scored["domains"])
+            if "windows" in axes:
+                draw_windows(axes["windows"], **sides)
+            picture = io.BytesIO()
+            fig.savefig(picture, format="png")
+            made[name] = picture.getvalue()
+    if sides:
+        text = ""
+        for side, windows in sides.items():
+            text += f"{side.title()} values\n\n"
+            for heading, window in windows:
+                text += f"{heading}\n    " + window.replace("↵", "↵\n    ") + "\n\n"
+        made["windows.txt"] = text.encode()
+    return made
+
+
+def write_figures(out, rows, loss, goal, scored):
+    """Write what draw_figures gives to the folder `out`: {name: path}."""
+    paths = {}
+    with writing(out):
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, ".lock"), "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # reports that write here at the same time follow each other, each whole
+            for name, content in draw_figures(rows, loss, goal, scored).items():
+                paths[name] = os.path.join(out, name)
+                with atomic_write(paths[name]) as file:
+                    file.write(content)
+    return paths

@@ -8,33 +8,38 @@ from contextlib import contextmanager
 
 import torch
 
-from support.configurator import UserError
+from support.configurator import UserError, check
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+NO_PLACE |= {errno.ENOENT}  # as /proc says
 
 
 @contextmanager
 def writing(path):
-    """Turns the system's refusal to write `path` for want of room, in the block, into a UserError."""
+    """Turns the system's refusal to write `path`, in the block, into a UserError."""
     try:
         yield
     except Exception as error:
         cause = error
-        while cause is not None and getattr(cause, "errno", None) not in NO_ROOM:
+        while cause is not None and getattr(cause, "errno", None) not in NO_ROOM | NO_PLACE:
             cause = cause.__cause__ or cause.__context__  # torch.save has a RuntimeError of its own for a full disk
-        if cause is None:
+        named = getattr(cause, "filename", None) or path  # the path, its temporary name or a folder above
+        if cause is None or not (path.startswith(named) or named.startswith(path)):
             raise
         whole = "what was there is whole; " if os.path.exists(path) else ""
-        raise UserError(f"{path}: could not be written ({cause.strerror}); {whole}make room and go on") from error
+        mend = "make room and go on" if cause.errno in NO_ROOM else "choose a folder that you may write to"
+        raise UserError(f"{path}: could not be written ({cause.strerror}); {whole}{mend}") from error
 
 
 @contextmanager
-def atomic_write(path):
+def atomic_write(path, process=""):
     """
     Yields a binary file under a temporary name; synced and renamed to `path` when the block ends without an error. Its
-    folder is made. Raises UserError where there is no room for it; `path` is then as it was.
+    folder is made. Raises UserError where the system refuses to write it; `path` is then as it was. If several
+    processes may write `path` at once, `process` tells their temporary files apart.
     """
-    folder, temporary = os.path.dirname(path) or ".", f"{path}.tmp"
+    folder, temporary = os.path.dirname(path) or ".", f"{path}{process}.tmp"
     try:
         with writing(path):
             os.makedirs(folder, exist_ok=True)
@@ -51,15 +56,25 @@ def atomic_write(path):
             os.remove(temporary)
 
 
+@contextmanager
+def reading(path, mend):
+    """Turns what goes wrong while the block reads `path` into a UserError that ends in `mend`."""
+    check(os.path.isfile(path), f"{path}: no such file; {mend}")
+    try:
+        yield
+    except (PermissionError, MemoryError) as error:
+        raise UserError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
+    except Exception as error:  # damaged files raise all kinds
+        what = f"{type(error).__name__}: {str(error).strip():.80}"
+        raise UserError(f"{path}: damaged, or not written by this script ({what}); {mend}") from error
+
+
 def load_torch(path, keys, mend):
     """
     The dict that torch.save wrote to `path`, which has `keys`. Nothing is unpickled, and every record is compared with
-    its CRC-32, as torch.load does not do. Raises UserError, ending in `mend`, where the file is missing, damaged or
-    something else.
+    its CRC-32, as torch.load does not do. Raises UserError, ending in `mend`, for any other file and for none.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; {mend}")
-    try:
+    with reading(path, mend):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -68,13 +83,7 @@ def load_torch(path, keys, mend):
         if not isinstance(loaded, dict):
             raise ValueError(f"a {type(loaded).__name__}, not a dict")
         missing = [key for key in keys if key not in loaded]
-    except (PermissionError, MemoryError) as error:
-        raise UserError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
-    except Exception as error:  # damaged files raise all kinds
-        what = f"{type(error).__name__}: {str(error).strip():.80}"
-        raise UserError(f"{path}: damaged, or not written by this script ({what}); {mend}") from error
-    if missing:
-        raise UserError(f"{path}: not written by this script, it has no {', '.join(missing)}; {mend}")
+    check(not missing, f"{path}: not written by this script, it has no {', '.join(missing)}; {mend}")
     return loaded
 
 
@@ -88,5 +97,4 @@ def lock(file, path, who="a run", flag="out_dir"):
     except BlockingIOError:
         raise UserError(f"{path}: {who} is writing there now; wait for its end or choose another --{flag}") from None
     except OSError as error:
-        mend = f"choose a --{flag} on another one"
-        raise UserError(f"{path}: its file system has no locks ({error.strerror}); {mend}") from error
+        raise UserError(f"{path}: no locks on its file system ({error.strerror}); choose another --{flag}") from error

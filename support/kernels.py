@@ -19,12 +19,14 @@ adds them up and dots them. For bfloat16 it rounds every sample's gradient, as a
 Nothing is added atomically: two runs agree bit by bit.
 
 Which tile, on paper, for an H100 (132 processors of 4,096 bfloat16 operations a cycle, 228 KB of shared memory and 64K
-registers each; 3 TB/s from memory; the L2 cache gives a processor 64 bytes a cycle at best, some 10 TB/s in all):
+registers each; 3 TB/s from memory, 5.5 TB/s from the L2 cache, a guess: support/budget.py):
 - operands: out * in * T products of 2 operations read (out + in) * T * 2 bytes: 128 x 128 reads one byte in 64
-  operations, 10 TB/s at 650 TFLOP/s, all that the cache can give; 128 x 256 one in 85, 7.6 TB/s.
-- the direction: a tile of 128 x 256 is 128 KB, 2,048 cycles or more, once for a sample of T = 1,024, which takes
-  16,384: an eighth more time where nothing hides it. Of 128 x 128, with 4 warps and 255 registers, two programs have
-  room on a processor: one multiplies while the other takes its dot.
+  operations, 10 TB/s at 650 TFLOP/s; 128 x 256 one in 85, 7.6 TB/s. The cache gives that only as far as it serves
+  neighbours, which read the same parts, together.
+- the direction: a tile of 128 x 256 is 128 KB, which no neighbour reads: 24 bytes a cycle for each processor, 5,500
+  cycles once for a sample of T = 1,024, which takes 25,000 at 650 TFLOP/s. A fifth more time where nothing hides it. Of
+  128 x 128, with 4 warps and 255 registers, two programs have room on a processor: one multiplies while the other takes
+  its dot.
 - so neither is the better one on paper, and both are timed.
 - registers: a 128 x 256 sum takes 128 of a thread's 255. The direction is read by quarters of columns, so that 32 more
   are needed and no sum leaves its registers inside the loop over T (`python -m support.kernels` lists what does).
@@ -756,7 +758,7 @@ def remembered(key, shapes, listed, choose_now):
     try:
         with atomic_write(path) as file:
             file.write(json.dumps(kept, indent=1).encode())
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a UserError too
         notes.append(f"the choice is not remembered: {error}")
     return table, "\n".join([reason, *notes])
 

@@ -98,11 +98,10 @@ def add_products(sums, a, b, beta=1):
         add(a.to(sums.dtype), b.to(sums.dtype), beta=beta)
 
 
-# Logits that may exist at a time, or 512 tokens' where that is more: a slice reads and writes all of dW. On a GPU they
-# may be bfloat16, 1 GB, and half as many of float32. GPT-2's batch of 16 x 1,024 tokens has 824M logits, 1.65 GB, which
-# a stock model keeps for the backward pass, where their gradient joins them. In two slices there are 1.0 GB, with dW,
-# 0.15, and dx, 0.05, still less than the logits alone; and dW is read and written once more, 0.3 GB or 0.1 ms.
-SLICE = {"cpu": 2**23, "cuda": 2**29}
+# Logits that may exist at a time, or 512 tokens' where that is more: a slice reads the weight twice, and reads and
+# writes all of dW. On a GPU they may be bfloat16, 2 GB, and half as many of float32: GPT-2's batch of 16 x 1,024 tokens
+# has 824M logits, 1.65 GB, and is one slice. A stock model has the logits and their gradient at once, twice as much.
+SLICE = {"cpu": 2**23, "cuda": 2**30}
 
 
 def head_slice(B, T, V, device_type, dtype):
@@ -128,14 +127,9 @@ def head_loss(
     """
     B, T, C = x.shape
     V = len(weight)
-    full = torch.promote_types(x.dtype, torch.float32)
-    loss, running = torch.zeros((), dtype=full, device=x.device), None
-    dx, dw, dots = _head_gradients(x, weight, direction, backward)
-    dots.zero_()
-    fused = row_kernels.runs_on(x)
-    beta = int(not fused and direction is None)  # 1: a plain step on a CPU adds its first product to zeros
-    if beta:
-        dw.zero_()
+    loss, dx, dw, dots = head_results(x, weight, targets, direction, backward)
+    loss.zero_(), dots.zero_()
+    fused, running, beta = row_kernels.runs_on(x), None, 0
     samples, length = head_slice(B, T, V, x.device.type, x.dtype)
     for i in range(0, B, samples):
         for t in range(0, T, length):
@@ -150,7 +144,7 @@ def head_loss(
                 add_products(dx[part].view(-1, C), dy.flatten(0, 1), weight, beta=0)
             else:
                 index = targets[part].unsqueeze(2)
-                dy = (x[part] @ weight.T).to(full)  # the logits; in place their exponentials, then their gradient
+                dy = (x[part] @ weight.T).to(loss.dtype)  # the logits; in place their exponentials, then their gradient
                 target, largest = dy.gather(2, index), dy.amax(2, keepdim=True)
                 total = dy.sub_(largest).exp_().sum(2, keepdim=True)
                 loss += (total.log() + (largest - target)).sum()
@@ -168,14 +162,16 @@ def head_loss(
 
 
 @torch.library.register_fake("data_value::head_loss")
-def _(x, weight, targets, direction, backward):
-    full = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((), dtype=full), *_head_gradients(x, weight, direction, backward)
-
-
-def _head_gradients(x, weight, direction, backward):
-    """Room for the gradients of x, weight and alpha; none where there is no backward."""
-    full = torch.promote_types(x.dtype, torch.float32)
+def head_results(x, weight, targets, direction, backward):
+    """
+    Room for the loss and for the gradients of x, weight and alpha, which are empty where there is no backward. Where
+    the kernel of rows runs, dx has the dtype of x, and so has the dw of a plain step in one slice: autocast rounds the
+    gradients of every other product so.
+    """
+    B, T, _ = x.shape
     K = 0 if direction is None else len(direction)
-    shapes = (x.shape, weight.shape, (len(x), K)) if backward else ((0,), (0,), (0,))
-    return [x.new_empty(shape, dtype=full) for shape in shapes]
+    full, fused = torch.promote_types(x.dtype, torch.float32), row_kernels.runs_on(x)
+    whole = K == 0 and head_slice(B, T, len(weight), x.device.type, x.dtype) == (B, T)
+    dtypes = full, x.dtype if fused else full, x.dtype if fused and whole else full, full
+    shapes = ((), x.shape, weight.shape, (B, K)) if backward else ((), (0,), (0,), (0,))
+    return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))

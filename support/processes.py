@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from support.configurator import UserError
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -59,6 +61,19 @@ class Ranks:
             dist.barrier()
 
 
+def check_device(device):
+    """Make a GPU the current device. Raises UserError for a device that is not here."""
+    try:
+        known = torch.device(device).type in ("cpu", "cuda", "mps")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        known = False
+    if not known:
+        raise UserError(f"--device={device}: no such device here; use --device=cpu")
+    if device.startswith("cuda"):  # what is timed and synchronised is the current device
+        torch.cuda.set_device(torch.device(device).index or 0)
+
+
 @contextmanager
 def processes(knobs):
     """
@@ -69,28 +84,17 @@ def processes(knobs):
     on_gpu = knobs.device.startswith("cuda")
     if on_gpu and "LOCAL_RANK" in os.environ:
         knobs.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        known = torch.device(knobs.device).type in ("cpu", "cuda", "mps") and (not on_gpu or torch.cuda.is_available())
-        torch.empty(0, device=knobs.device)
-    except (RuntimeError, AssertionError):
-        known = False
-    if not known:
-        none = "no such GPU is available here" if on_gpu else "no such device here"
-        raise UserError(f"--device={knobs.device}: {none}; use --device=cpu")
-    if on_gpu:  # what is timed and synchronised is the current device
-        torch.cuda.set_device(torch.device(knobs.device).index or 0)
+    check_device(knobs.device)
     if "RANK" not in os.environ:
         yield Ranks()
         return
-    lost = []
-    atexit.register(end_without_teardown, lost)
+    missing = [name for name in TORCHRUN if not os.environ.get(name)]
+    if missing:
+        what = f"RANK={os.environ['RANK']} is in the environment, but no {', '.join(missing)}"
+        raise UserError(f"{what}; start several processes with torchrun, and a single one after unset RANK")
     world, steps = int(os.environ["WORLD_SIZE"]), knobs.gradient_accumulation_steps
     if steps % world:
-        below, above = steps // world * world, -(-steps // world) * world
-        nearest = f"{below} or {above}" if below else f"{above}"
-        mend = f"use {nearest}, and --batch_size to keep the product"
-        if knobs.init_from == "resume":
-            mend = f"resume on a number of processes that divides {steps}"
+        mend = f"start as many processes as divide it, or a run with a multiple of {world} and another --batch_size"
         raise UserError(f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
@@ -100,21 +104,12 @@ def processes(knobs):
             raise
         lines = str(error).strip().splitlines()
         said = f"{lines[0]:.150}" + (f" ... {lines[-1]:.150}" if len(lines) > 1 else "")
-        lost.append(f"process {os.environ['RANK']} of {world}: another one died or hung, or cannot be reached ({said})")
-        raise UserError(f"{lost[0]}; {how_to_resume(knobs)}") from error
+        lost = f"process {os.environ['RANK']} of {world}: another one died or hung, or cannot be reached ({said})"
+        # A thread of gloo's that still holds a tensor would ask the dying interpreter to let go of it, and abort.
+        atexit.register(os._exit, 1)
+        sys.stdout.flush()
+        raise UserError(f"{lost}; {how_to_resume(knobs)}") from error
     dist.destroy_process_group()
-
-
-def end_without_teardown(lost):
-    """
-    For atexit: where another process is lost, end this one with status 1 before the interpreter is taken down. A thread
-    of gloo's that still holds a tensor would ask the dying interpreter to let go of it, and abort the process.
-    """
-    if lost:
-        try:
-            sys.stdout.flush()
-        finally:
-            os._exit(1)
 
 
 def keep_freed_memory():
@@ -134,22 +129,43 @@ def how_to_resume(knobs):
     return f"go on from the last checkpoint in {knobs.out_dir} with the same command and --init_from=resume"
 
 
-def watch_sigterm(stack, ranks, knobs):
+def watch_signals(stack, ranks, knobs):
     """
-    From now on SIGTERM, a scheduler's warning, is only noted, until `stack` is closed. Returns a function that says
-    whether any process has had one; all call it at the same step and get the same answer.
+    From now on SIGTERM, a scheduler's warning, and a first SIGINT, Ctrl-C, are only noted, until `stack` is closed.
+    Returns a function that says which of them any process has had, or 0; all call it at the same step and get the same
+    answer.
     """
-    noted = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
-    stack.callback(signal.signal, signal.SIGTERM, previous)
+    noted = [0]
+
+    def note(number, _):
+        noted.append(number)
+        if number == signal.SIGINT:  # a second one ends the process at once
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell has it for a command in the background
+            stack.callback(signal.signal, number, signal.signal(number, note))
     # on the CPU, so that no step waits for the GPU
     alone, timeout = ranks.world == 1, timedelta(seconds=knobs.process_timeout)
     group = None if alone else dist.new_group(backend="gloo", timeout=timeout)
 
-    def terminated():
-        answer = torch.tensor(len(noted))  # what comes while the others are asked counts the next time
+    def signalled():
+        answer = torch.tensor(max(noted))  # what comes while the others are asked counts the next time
         if not alone:
-            dist.all_reduce(answer, group=group)
-        return answer.item() > 0
+            dist.all_reduce(answer, dist.ReduceOp.MAX, group)
+        return answer.item()
 
-    return terminated
+    return signalled
+
+
+@contextmanager
+def without_traceback():
+    """
+    Ctrl-C in the block leaves no traceback. The process still ends by SIGINT, which a shell calls status 130: so a loop
+    or a make around it ends too.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.excepthook = lambda *_: None
+        raise

@@ -4,12 +4,12 @@ interrupted goes on from there, as if it had not been.
 """
 
 import errno
-import glob
 import json
 import os
 import platform
 import subprocess
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,35 +20,39 @@ from support.files import atomic_write, load_torch, lock, writing
 from support.values import log_files, read_log, write_log
 
 FORMAT = 1  # of ckpt.pt; those without a number are of the code before it was written, and read the same
-CHECKPOINT = ("model", "optimizer", "model_args", "iter_num", "position", "negative", "knobs", "fingerprint")
+WEIGHTS = ("model", "model_args")  # what there is in nanoGPT's too
+CHECKPOINT = (*WEIGHTS, "optimizer", "iter_num", "position", "negative", "knobs", "fingerprint")
 CHECKPOINT += ("metrics_bytes", "order", "val_gradients", "val_sets")
 
 # what may change between the start of a run and its resumption, because the numbers do not depend on it
 FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
 FREE_KNOBS |= {"compile", "wandb_log", "wandb_project", "wandb_run_name", "process_timeout"}
+FREE_KNOBS |= {"dataset", "filter_from", "filter_column"}  # the corpus and the order are compared, not their names
 
 
 class RunFolder:
     """
     The folder knobs.out_dir of a run of these `ranks`; `identity` is what a checkpoint of the same run must share: the
     fingerprint of the corpus, {name: fingerprint} of val_sets and the digest of the order. Rank 0 writes, and holds a
-    lock until `stack` is closed.
+    lock until `stack` is closed. Nothing is made before `begin`, so that a run that is refused leaves no trace.
 
     Raises UserError where another process writes there, or a run has begun there and is not to be resumed.
     """
 
     def __init__(self, knobs, ranks, identity, stack):
-        self.knobs, self.ranks, self.identity = knobs, ranks, identity
+        self.knobs, self.ranks, self.identity, self.stack = knobs, ranks, identity, stack
         self.path = knobs.out_dir
         self.ckpt_path, self.metrics_path = (os.path.join(self.path, name) for name in ("ckpt.pt", "metrics.jsonl"))
         self.resumed = knobs.init_from == "resume"
         self.entries = []  # the dot products since the last checkpoint, left on the device
-        self.wandb = None
-        if ranks.rank > 0:
-            return
+        self.metrics, self.wandb, self.wandb_id = None, None, None
+        if ranks.rank == 0 and os.path.exists(self.metrics_path):
+            self._open()
+
+    def _open(self):
         try:
             os.makedirs(self.path, exist_ok=True)
-            self.metrics = stack.enter_context(open(self.metrics_path, "ab", buffering=0))  # noqa: SIM115
+            self.metrics = self.stack.enter_context(open(self.metrics_path, "ab", buffering=0))  # noqa: SIM115
         except OSError as error:
             raise UserError(f"--out_dir={self.path}: {self.metrics_path}: {error.strerror}") from error
         lock(self.metrics, self.path)
@@ -65,36 +69,34 @@ class RunFolder:
         """
         knobs = self.knobs
         if not self.resumed:
-            weights = ("model", "model_args")
             is_file = knobs.init_from.endswith(".pt")
-            return load_torch(knobs.init_from, weights, "give another --init_from") if is_file else None
+            return load_torch(knobs.init_from, WEIGHTS, "give another --init_from") if is_file else None
         mend = "start the run with --init_from=scratch, in another --out_dir if this one holds one"
         found = load_torch(self.ckpt_path, CHECKPOINT, mend)
         if found.get("format", 0) > FORMAT:
             mend = "resume it with the code that wrote it"
             raise UserError(f"{self.ckpt_path}: its format is {found['format']}, this code knows {FORMAT}; {mend}")
-        if found["fingerprint"] != self.identity["fingerprint"]:
-            mend = "choose another --out_dir or --dataset"
-            raise UserError(f"{self.ckpt_path}: trained on another corpus than --dataset={knobs.dataset}; {mend}")
-        sets = self.identity["val_sets"]
-        changed = [name for name in sets if found["val_sets"].get(name, sets[name]) != sets[name]]
-        if changed:
-            which = f"{', '.join(changed)} is another corpus than {self.ckpt_path} began with"
-            raise UserError(f"--val_sets={knobs.val_sets}: {which}; bring it back, or train anew in another --out_dir")
+        if found["iter_num"] > knobs.max_iters:
+            what = f"{self.ckpt_path} has {found['iter_num']} iterations already"
+            raise UserError(f"--max_iters={knobs.max_iters}: {what}; go on with a larger one")
         then, now = found["knobs"], asdict(knobs)
         for key, (default, why) in REMOVED.items():
             if then.get(key, default) != default:
                 raise UserError(f"{self.ckpt_path}: its run has {key} = {then[key]}, a knob that is gone: {why}")
-        for key in now:
-            if key not in FREE_KNOBS and then.get(key) != now[key]:
-                mend = f"resume with --{key}={then.get(key)}"
-                raise UserError(f"{self.ckpt_path}: its run has {key} = {then.get(key)}, not {now[key]}; {mend}")
-        if found["order"] != self.identity["order"]:
-            mend = "bring its values.npz back, or train anew in another --out_dir"
-            raise UserError(
-                f"--filter_from={knobs.filter_from}: other windows than {self.ckpt_path} began with; {mend}"
-            )
+        if list(found["val_sets"]) == list(self.identity["val_sets"]):  # the same names, as 'other/' and 'other' are
+            now["val_sets"] = then["val_sets"]
+        other = [key for key in now if key not in FREE_KNOBS and then.get(key) != now[key]]
+        if other:
+            theirs, ours = (" ".join(f"--{key}={knobs.get(key)}" for key in other) for knobs in (then, now))
+            raise UserError(f"{ours}: the run of {self.ckpt_path} has others; resume with {theirs}")
+        same = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"))
+        same["order"] = "filter_from", "windows"
+        for key, (flag, what) in same.items():
+            if found[key] != self.identity[key]:
+                mend = "bring the old ones back, or train anew in another --out_dir"
+                raise UserError(f"--{flag}={now[flag]}: not the {what} that {self.ckpt_path} began with; {mend}")
         knobs.init_from = then["init_from"]  # what config.json shall go on saying
+        self.wandb_id = found.get("wandb_id")
         return found
 
     def cut_back(self, checkpoint):
@@ -105,29 +107,30 @@ class RunFolder:
         self.ranks.barrier()  # all have seen the folder as it was
         if self.ranks.rank > 0:
             return
-        for path in glob.glob(os.path.join(glob.escape(self.path), "**", "*.tmp"), recursive=True):
-            os.remove(path)
         found, said = os.path.getsize(self.metrics_path), checkpoint["metrics_bytes"]
         if found < said:
             what = f"truncated, {found:,} bytes of {said:,}"
             raise UserError(f"{self.metrics_path}: {what}; train anew in another --out_dir")
         os.truncate(self.metrics_path, said)
-        iter_num, values_path = checkpoint["iter_num"], os.path.join(self.path, "values.npz")
-        later = [path for n, path in log_files(self.path).items() if n > iter_num]
-        if iter_num < self.knobs.max_iters and os.path.exists(values_path):
-            later.append(values_path)
-        for path in later:
-            os.remove(path)
+        iter_num, folder = checkpoint["iter_num"], Path(self.path)
+        later = [Path(path) for n, path in log_files(self.path).items() if n > iter_num]
+        later += folder.glob("values.npz") if iter_num < self.knobs.max_iters else ()
+        for path in (*later, *folder.rglob("*.tmp")):
+            path.unlink()
         if self.knobs.score and iter_num:  # damage is better known now than at the end
             reached = int(read_log(self.path)["iter"][-1]) + 1
             if reached != iter_num:
                 raise UserError(f"{self.path}/dot_prod: ends at iteration {reached}, {self.ckpt_path} at {iter_num}")
 
-    def describe(self, model, coverage):
-        """Write config.json, everything that it takes to repeat the run, and begin its record at W&B."""
+    def begin(self, model, coverage):
+        """Make the folder, begin its run at W&B or go on with it, and write config.json: all it takes to repeat it."""
         if self.ranks.rank > 0:
             return
         knobs = self.knobs
+        if not self.metrics:
+            self._open()
+        if knobs.wandb_log:
+            self._begin_wandb()
         git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
         try:
             commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -149,13 +152,29 @@ class RunFolder:
         with atomic_write(os.path.join(self.path, "config.json")) as file:
             file.write(json.dumps(description, indent=1).encode())
         print(f"{description['parameters']:,} parameters on {self.ranks.world} x {knobs.device}, {knobs.dtype}")
-        if knobs.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb_log=True: pip install wandb") from None
-            wandb.init(project=knobs.wandb_project, name=knobs.wandb_run_name, config=asdict(knobs))
-            self.wandb = wandb
+
+    def _begin_wandb(self):
+        knobs = self.knobs
+        name = knobs.wandb_run_name or os.path.basename(os.path.abspath(self.path))
+        try:
+            import wandb
+
+            run = wandb.init(
+                project=knobs.wandb_project, name=name, config=asdict(knobs), id=self.wandb_id, resume="allow"
+            )
+        except ImportError:
+            raise UserError("--wandb_log=True: pip install wandb") from None
+        except wandb.Error as error:
+            raise UserError(f"--wandb_log=True: {error}") from error
+        run.define_metric("*", step_metric="iter")
+        self.wandb, self.wandb_id = run, run.id
+
+    def summarise(self, value):
+        """Tell W&B the values of a finished run, (n,): their histogram and the share of negatives."""
+        if self.wandb:
+            from wandb import Histogram
+
+            self.wandb.summary.update({"values": Histogram(value), "negative_share": (value < 0).mean()})
 
     def record(self, metrics, line):
         """Append the dict `metrics` to metrics.jsonl, and print `line`."""
@@ -185,6 +204,7 @@ class RunFolder:
         with writing(self.metrics_path):
             os.fsync(self.metrics.fileno())
         said = dict(format=FORMAT, knobs=asdict(self.knobs), metrics_bytes=os.path.getsize(self.metrics_path))
+        said["wandb_id"] = self.wandb_id
         with atomic_write(self.ckpt_path) as file:
             torch.save(state | self.identity | said, file)
 

@@ -11,11 +11,12 @@ import os
 import numpy as np
 import torch
 
-from support.configurator import UserError
-from support.files import atomic_write, load_torch
+from support.configurator import check
+from support.files import atomic_write, load_torch, reading
 
 FORMAT = 1  # of a file of the log; those without a number are of the code before it was written, and read the same
-LOG_SHAPES = {"iter": 1, "lr": 1, "clip": 1, "sample_id": 2, "dot_product": 3}
+LOG = dict(iter=(1, torch.int64), lr=(1, torch.float64), clip=(1, torch.float64))  # dimensions and types
+LOG |= dict(sample_id=(2, torch.int64), dot_product=(3, torch.float32))
 
 
 def write_log(out_dir, iter_num, entries, directions=("all:sgd",)):
@@ -24,27 +25,20 @@ def write_log(out_dir, iter_num, entries, directions=("all:sgd",)):
     `entries` is a list of {iter: int, lr: float, clip: scalar, sample_id: (B,) int64, dot_product: (B, K) float32},
     which become tensors of one more dimension, but dot_product (k, B) where K = 1; `directions` are the K names.
     """
-    dots = torch.stack([entry["dot_product"] for entry in entries]).float().cpu()
-    log = {
-        "format": FORMAT,
-        "iter": torch.tensor([entry["iter"] for entry in entries]),
-        "lr": torch.tensor([entry["lr"] for entry in entries], dtype=torch.float64),
-        "clip": torch.stack([torch.as_tensor(entry["clip"]) for entry in entries]).double().cpu(),
-        "sample_id": torch.stack([torch.as_tensor(entry["sample_id"]) for entry in entries]),
-        "dot_product": dots.squeeze(2),
-        "directions": list(directions),
-    }
+    log = dict(format=FORMAT, directions=list(directions))
+    for key, (_, dtype) in LOG.items():
+        log[key] = torch.stack([torch.as_tensor(entry[key], dtype=dtype) for entry in entries]).cpu()
+    log["dot_product"] = log["dot_product"].squeeze(2)
     with atomic_write(os.path.join(out_dir, "dot_prod", f"dot_prod_log_iter_{iter_num}.pt")) as file:
         torch.save(log, file)
 
 
 def log_files(out_dir):
     """The paths of a run's dot-product log in order, as {iteration in the name: path}."""
-    paths = glob.glob(os.path.join(glob.escape(out_dir), "dot_prod", "dot_prod_log_iter_*.pt"))
-    numbered = {
-        int(os.path.basename(path).removeprefix("dot_prod_log_iter_").removesuffix(".pt")): path for path in paths
-    }
-    return dict(sorted(numbered.items()))
+    folder, prefix = os.path.join(out_dir, "dot_prod"), "dot_prod_log_iter_"
+    numbers = [name[len(prefix) : -len(".pt")] for name in glob.glob(f"{prefix}*.pt", root_dir=folder)]
+    numbers = sorted(int(n) for n in numbers if n.isdecimal())  # a copy 'dot_prod_log_iter_6 (1).pt' is no part of it
+    return {n: os.path.join(folder, f"{prefix}{n}.pt") for n in numbers}
 
 
 def read_log(out_dir):
@@ -53,31 +47,23 @@ def read_log(out_dir):
     K `directions`, the `scale` (k, 1) = lr * clip / B, and the value (k, B) = scale * dot_product in nats of the first
     column. Raises UserError where there is none, a file does not load, or an iteration is missing or there twice.
     """
-    files = log_files(out_dir)
-    if not files:
-        raise UserError(f"{out_dir}/dot_prod: no dot-product log there; make one with --score=True --out_dir={out_dir}")
-    parts, anew = [], "train it anew in another --out_dir"
+    files, parts, anew = log_files(out_dir), [], "train it anew in another --out_dir"
+    check(files, f"{out_dir}/dot_prod: no dot-product log there; make one with --score=True --out_dir={out_dir}")
     for path in files.values():
-        part = load_torch(path, [*LOG_SHAPES, "directions"], anew)
-        if part.get("format", 0) > FORMAT:
-            raise UserError(
-                f"{path}: its format is {part['format']}, this code knows {FORMAT}; read it with newer code"
-            )
-        try:
-            if part["dot_product"].dim() == 2:
-                part["dot_product"] = part["dot_product"][:, :, None]
-            shape = part["dot_product"].shape  # (k, B, K), B and K the same in all files
-            fits = all(part[key].shape == shape[:dims] for key, dims in LOG_SHAPES.items())
+        part = load_torch(path, [*LOG, "directions"], anew)
+        newer = f"{path}: its format is {part.get('format')}, this code knows {FORMAT}; read it with newer code"
+        check(part.get("format", 0) <= FORMAT, newer)
+        with reading(path, anew):
+            shape = (*part["sample_id"].shape, len(part["directions"]))  # (k, B, K), B and K the same in all files
+            part["dot_product"] = part["dot_product"].view(shape)
             parts.append(part)
-            fits &= len(shape) == 3 and shape[1:] == parts[0]["dot_product"].shape[1:]
-            fits &= part["directions"] == parts[0]["directions"] and len(part["directions"]) == shape[2]
-        except (AttributeError, TypeError):
-            fits = False
-        if not fits:
-            raise UserError(f"{path}: not a dot-product log, or of a run with another batch; {anew}")
-    log = {key: torch.cat([part[key] for part in parts]).numpy() for key in LOG_SHAPES}
-    if not np.array_equal(log["iter"], np.arange(len(log["iter"]))):
-        raise UserError(f"{out_dir}/dot_prod: iterations are missing or there twice; {anew}")
+            fits = all(part[key].shape == shape[:dims] for key, (dims, _) in LOG.items())
+            fits &= part["directions"] == parts[0]["directions"] and shape[1] == parts[0]["sample_id"].shape[1]
+            if not fits:
+                raise ValueError("not a dot-product log, or of a run with another batch")
+    log = {key: torch.cat([part[key] for part in parts]).numpy() for key in LOG}
+    whole = np.array_equal(log["iter"], np.arange(len(log["iter"])))
+    check(whole, f"{out_dir}/dot_prod: iterations are missing or there twice; {anew}")
     log["directions"] = parts[0]["directions"]
     log["scale"] = (log["lr"] * log["clip"] / log["sample_id"].shape[1])[:, None]
     first, *_ = columns_of(log["directions"]).values()
@@ -100,25 +86,24 @@ def write_values(out_dir):
     """
     Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,) int64,
     and z_score (n,), the mean over visits of the value less the mean of its iteration's, over their standard
-    deviation. `columns` (C,) has the names of the run's columns. Where they are several, these are of the first, and
-    values, z_scores (n, C) of all; where their directions come in groups of validation windows, errors (n, C) are the
-    standard errors.
+    deviation. `columns` (C,) names the run's columns. Where they are several, these are of the first, and values,
+    z_scores (n, C) of all; where there are groups of validation windows, errors (n, C) are the standard errors.
     """
     log = read_log(out_dir)
     sample_id, where, visits = np.unique(log["sample_id"], return_inverse=True, return_counts=True)
 
-    by_visit = (log["scale"][:, :, None] * log["dot_product"]).reshape(where.size, -1)
-    sums = [np.bincount(where.ravel(), weights=one, minlength=len(sample_id)) for one in by_visit.T]
-    columns = columns_of(log["directions"])
-    groups = [np.stack([sums[k] for k in places]) for places in columns.values()]  # (groups, n) of each column
-    values, z_scores = np.stack([group.mean(0) for group in groups], 1), []
-    for places in columns.values():
-        z = z_score(log["dot_product"][:, :, places].mean(2, dtype=np.float64))
-        z_scores.append(np.bincount(where.ravel(), weights=z.ravel(), minlength=len(sample_id)) / visits)
-    z_scores = np.stack(z_scores, 1)
+    def summed(by_visit):  # (k, B) -> (n,)
+        return np.bincount(where.ravel(), weights=by_visit.ravel())
+
+    groups, z_scores = [], []  # of each column (groups, n) and (n,)
+    for places in columns_of(log["directions"]).values():
+        dots = log["dot_product"][:, :, places]
+        groups.append(np.stack([summed(log["scale"] * dots[:, :, k]) for k in range(len(places))]))
+        z_scores.append(summed(z_score(dots.mean(2, dtype=np.float64))) / visits)
+    values, z_scores = np.stack([group.mean(0) for group in groups], 1), np.stack(z_scores, 1)
     arrays = dict(sample_id=sample_id, value=values[:, 0], visits=visits, z_score=z_scores[:, 0])
-    arrays["columns"] = np.array(list(columns))
-    if len(columns) > 1:
+    arrays["columns"] = np.array(list(columns_of(log["directions"])))
+    if len(groups) > 1:
         arrays |= dict(values=values, z_scores=z_scores)
     if len(groups[0]) > 1:
         arrays["errors"] = np.stack([group.std(0, ddof=1) / len(group) ** 0.5 for group in groups], 1)
@@ -132,22 +117,14 @@ def load_values(out_dir, column="", key="value"):
     of the first one. Raises UserError where they are missing or damaged, or the run has no such column.
     """
     path = os.path.join(out_dir, "values.npz")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; a run with --score=True writes it when it reaches its max_iters")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:  # which compares every array with its CRC-32
-            sample_id, value, visits = arrays["sample_id"], arrays[key], arrays["visits"]
-            columns = list(arrays["columns"]) if "columns" in arrays else []
-            if column in columns[1:]:
-                value = arrays[f"{key}s"][:, columns.index(column)]
-        if not (sample_id.shape == value.shape == visits.shape == (sample_id.size,) and np.isfinite(value).all()):
-            raise ValueError("arrays of different lengths, or values that are not finite")
-        if sample_id.dtype != np.int64 or sample_id[:1].min(initial=0) < 0 or (np.diff(sample_id) <= 0).any():
-            raise ValueError("ids that are not in order")
-    except Exception as error:
-        raise UserError(
-            f"{path}: damaged ({type(error).__name__}: {error}); resume its run, --init_from=resume, to write it again"
-        ) from error
-    if column and column not in columns:
-        raise UserError(f"{path}: has no column '{column}', only {', '.join(columns)}; mend --filter_column")
+    mend = "a run with --score=True writes it when it ends; resume it, --init_from=resume"
+    with reading(path, mend), np.load(path, allow_pickle=False) as arrays:  # which compares arrays with their CRC-32
+        sample_id, value, visits = arrays["sample_id"], arrays[key], arrays["visits"]
+        columns = list(arrays["columns"]) if "columns" in arrays else []
+        if column in columns[1:]:
+            value = arrays[f"{key}s"][:, columns.index(column)]
+        fits = sample_id.shape == value.shape == visits.shape == (sample_id.size,) and np.isfinite(value).all()
+        if not fits or sample_id.dtype != np.int64 or (np.diff(sample_id, prepend=-1) <= 0).any():
+            raise ValueError("ids that are not in order, or values that are not finite or of another number")
+    check(not column or column in columns, f"{path}: has no column '{column}', only {', '.join(columns)}")
     return sample_id, value, visits

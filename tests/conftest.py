@@ -3,8 +3,10 @@ Before any import: no test asks the network for weights, and none waits for its 
 Triton's kernels are interpreted.
 """
 
+import math
 import multiprocessing
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,7 +16,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--until", type=float, default=math.inf, help="seconds since 1970: then no test is begun any more")
+
+
 def pytest_runtest_setup(item):
+    if time.time() > item.config.getoption("--until"):
+        pytest.skip("out of time")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 

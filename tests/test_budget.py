@@ -50,11 +50,12 @@ def test_parts(result):
     assert stock["head softmax"]["bytes"] == pytest.approx(3 * logits, rel=0.6)  # and the tied weight's gradients
     assert result["before"]["plain"]["head softmax"]["bytes"] > 20 * logits
     assert set().union(stock, plain, scored, order2) == set(budget.PARTS)
+    assert result["sums"]["val"] == result["val"] and result["arms"]["val"]["forward"]["ms"] > 0
 
 
 def test_ratios(result):
     sums = result["sums"]
-    for arm, parts in result["arms"].items():
+    for arm, parts in result["arms"].items():  # and of the validation pass
         for key in ("bytes", "operations", "ms"):
             assert sums[arm][key] == pytest.approx(sum(counts.get(key, 0) for counts in parts.values()))
     assert result["plain_over_stock_bytes"] == sums["plain"]["bytes"] / sums["stock"]["bytes"]

@@ -2,13 +2,15 @@
 
 import glob
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.configurator import UserError, configure
+from support.configurator import UserError, configure, split_names
 from train import Knobs, get_lr
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -54,11 +56,14 @@ def test_command_line_mistakes(argument, message):
     "text, message",
     [
         ("sise = 3", "there is no knob 'sise'; did you mean 'size'"),
+        ("from math import pi", "there is no knob 'pi'; --help lists the knobs, and a config's own names begin with _"),
         ("size = '3'", "size = '3': expected int"),
         ("size = True", "size = True: expected int"),
         ("flag = 1", "flag = 1: expected bool"),
         ("rate = 1e999", "expected float"),
         ("rate = 10**400", "expected float"),
+        ("size = -(10**5000)", "size = inf: expected int"),
+        ("flag = 10**5000", "flag = inf: expected bool"),
         ("size =", "SyntaxError"),
         ("size = 1 / 0", "ZeroDivisionError"),
     ],
@@ -69,6 +74,42 @@ def test_config_file_mistakes(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         configure(Some, [str(config)])
     assert "c.py" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfsize = 3\n",
+        b"import math\nfrom os.path import join\nsize = math.isqrt(9)\n",
+        b"def three():\n    return 3\n\nclass Own:\n    pass\n\nsize = three()\n",
+        "name, size = 'Stra\u00dfe', 3\n".encode(),
+        "# coding: latin-1\nname, size = 'Stra\u00dfe', 3\n".encode("latin-1"),
+        b"size = 3\r\n",
+    ],
+)
+def test_a_config_is_python_with_its_byte_order_mark_its_encoding_and_its_imports(tmp_path, content):
+    (tmp_path / "c.py").write_bytes(content)
+    knobs = configure(Some, [str(tmp_path / "c.py")])
+    assert knobs.size == 3 and knobs.name == ("Stra\u00dfe" if b"name" in content else "a")
+
+
+def test_a_config_is_read_and_its_names_are_printed_in_any_locale(tmp_path):
+    (tmp_path / "c.py").write_text("name = 'Stra\u00dfe'\n", encoding="utf-8")
+    script = "import test_configurator as t, sys; print(t.configure(t.Some, sys.argv[1:]).name)"
+    environment = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    environment["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    command = [sys.executable, "-c", script, str(tmp_path / "c.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == r"Stra\xdfe"
+
+
+@pytest.mark.parametrize(
+    "text", ["import math as size", "def flag():\n    return True", "from math import sqrt as rate"]
+)
+def test_a_module_or_a_function_is_no_knob_s_value(tmp_path, text):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(UserError, match="c.py: (size|flag|rate) = .*: expected (int|bool|float)"):
+        configure(Some, [str(tmp_path / "c.py")])
 
 
 def test_help_prints_the_knobs(capsys):
@@ -98,8 +139,16 @@ def test_any_command_line_gives_knobs_or_a_message(argv):
         (dict(score=True, value_direction="adam", optimizer="sgd"), "needs --optimizer=adamw"),
         (dict(max_iters=100, warmup_iters=100), "--warmup_iters=100"),
         (dict(learning_rate=1e-5), "--min_lr=6e-05 is above"),
-        (dict(batch_size=0), "--batch_size=0: must be positive"),
-        (dict(learning_rate=-1.0), "--learning_rate=-1.0: must not be negative"),
+        (dict(out_dir=""), "--out_dir=: give the name of a folder"),
+        (dict(dataset=" "), "--dataset= : give the name of a folder"),
+        (dict(data_dir="\t"), "--data_dir='.t': has characters that cannot be printed"),
+        (dict(val_sets="a,,b"), "--val_sets=a,,b: expected names, each once"),
+        (dict(val_sets=r"a\,b,a\,b"), "expected names, each once"),
+        (dict(batch_size=2**20, block_size=2**11), "windows of --block_size=2048: too many"),
+        (dict(seed=2**63), "--seed=9223372036854775808: must be at least 0 and below 9,223,372,036,854,775,808"),
+        (dict(dropout=1), "--dropout=1: must be at least 0 and below 1"),
+        (dict(batch_size=0), "--batch_size=0: must be at least 1"),
+        (dict(learning_rate=-1.0), "--learning_rate=-1.0: must be at least 0"),
         (dict(filter_from="out/a", out_dir="out/a"), "give this run a folder of its own"),
     ],
 )
@@ -112,6 +161,19 @@ def test_knobs_are_checked_against_each_other(values, message):
 def test_a_knob_that_is_gone_says_so(flag, advice):
     with pytest.raises(UserError, match=f"the knob '{flag.split('=')[0]}' is gone: .*use {advice}"):
         configure(Knobs, [f"--{flag}"])
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("all", ["all"]),
+        ("a,b", ["a", "b"]),
+        (r"Books\, fiction,all", ["Books, fiction", "all"]),
+        (r"\,,a\b,\\,", [",", r"a\b", "\\,"]),
+    ],
+)
+def test_a_backslash_keeps_a_comma_in_a_name(text, names):
+    assert split_names(text) == names
 
 
 def test_the_arms_have_folders_of_their_own():

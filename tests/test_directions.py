@@ -154,7 +154,7 @@ def test_second_order_leaves_training_as_it_was_and_its_values_equal_brute_force
     optimizer.load_state_dict(found["optimizer"])
     log, knobs = read_log("out/x"), train.Knobs(**found["knobs"])
     windows = Windows(knobs)
-    x, y = windows.batch(windows.data["train"], log["sample_id"][4])
+    x, y = windows.batch(windows.train, log["sample_id"][4])
     x_val, y_val = windows.batch(*windows.validation("all", 4))
     theta = copy.deepcopy(model)
     for group in optimizer.param_groups:
@@ -286,7 +286,7 @@ def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # no
     meta["checksum"] = checksum_of(meta)
     with open("data/other/meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file)
-    with pytest.raises(SystemExit, match="--val_sets=other: other is another corpus than out/x/ckpt.pt began with"):
+    with pytest.raises(SystemExit, match="--val_sets=other: not the corpora that out/x/ckpt.pt began with"):
         call(train.main, f"{flags} --init_from=resume")
 
 
@@ -298,7 +298,7 @@ def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # no
         ("--value_direction=sgd,adam --optimizer=sgd", "needs --optimizer=adamw"),
         ("--val_sets=even,,odd", "expected names, each once"),
         ("--val_sets=even,even", "expected names, each once"),
-        ("--val_sets=evne", "'evne' is no corpus in data and no domain of tiny; there are: all, even, odd"),
+        ("--val_sets=evne", "'evne' is no corpus in data and no domain of tiny; of 4 names the nearest are even, "),
         ("--val_sets=pieces", "has the tokenizer gpt2, tiny has bytes; prepare it with --tokenizer=bytes"),
         ("--val_sets=even --val_batch_size=500", "'even' has .* windows of 16 tokens, and 500 are needed"),
         ("--val_groups=3", "--val_groups=3: does not divide --val_batch_size=4"),
@@ -306,7 +306,7 @@ def test_a_validation_set_that_has_become_another_corpus_is_refused(home):  # no
         ("--value_order=3", "--value_order=3: expected 1 or 2"),
         ("--value_order=2 --val_average=2", "no --val_average"),
         ("--value_order=2 --dropout=0.1 --compile=True", "needs --compile=False"),
-        ("--val_average=-1", "--val_average=-1.0: must not be negative"),
+        ("--val_average=-1", "--val_average=-1.0: must be at least 0"),
     ],
 )
 def test_what_a_user_may_get_wrong(home, flags, message):  # noqa: F811

@@ -14,6 +14,7 @@ from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 import bench
 import prepare_owt
 import report
+import sample
 import train
 from model import GPT, GPTConfig
 from support import sources
@@ -26,6 +27,8 @@ NOT_RUN = {
     "make demo": "takes minutes; the commands that it consists of run here and in test_train.py",
     "make test": "runs this test",
     "python prepare_owt.py": "downloads OpenWebText",
+    "python prepare_owt.py --max_tokens=100000000": "downloads its beginning",
+    "python prepare_owt.py --source=../nanoGPT/data/openwebtext": "needs nanoGPT's corpus; test_prepare.py has one",
     "python prepare_owt.py --source=<hub id> --domain_field=meta.pile_set_name": "downloads a corpus from the hub",
     "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=<host>:29500 train.py "
     "config/baseline.py --batch_size=1 --gradient_accumulation_steps=16": "needs two nodes",
@@ -65,6 +68,8 @@ def run(command):
         call(prepare_owt.main, f"{flags} --tokenizer=bytes")  # GPT-2's tokens may have to be downloaded
     elif words[:2] == ["python", "report.py"]:
         call(report.main, flags)
+    elif words[:2] == ["python", "sample.py"]:
+        call(sample.main, f"{flags} --num_samples=1 --max_new_tokens=2 --device=cpu")
     elif words[:2] == ["python", "bench.py"]:
         call(bench.main, f"{flags} {TINY_BENCH}")
     elif words[:3] == [".venv/bin/python", "-m", "pytest"]:

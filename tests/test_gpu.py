@@ -6,10 +6,12 @@ twins on the CPU: a scored step, and a run that is killed and resumed.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +22,10 @@ from test_run_folder import SCORED, same_run, start, wait_for_training
 from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import bench
+import data_value
 import gpu
 import train
-from support import carry, operators, stages, unexecuted
+from support import carry, kernels, operators, profiled, stages, unexecuted
 
 sys.path.insert(0, f"{ROOT}/study")
 
@@ -39,7 +42,7 @@ def scored_step(device, dtype):
     shape = dict(n_layer=2, n_head=2, n_embd=96, block_size=72, batch_size=6, vocab_size=515, bias=True)
     knobs = bench.Knobs(device=device, dtype=dtype, value_direction="sgd", **shape)
     run = bench.Bench(knobs, stock=False)  # its weights and windows are drawn on the CPU
-    bench.choose_kernel(knobs, run.model)
+    data_value.choose_kernels(run.model, knobs, 1)
     dots, gradients = run.scored_backward(), [p.grad for p in run.model.parameters()]
     with torch.no_grad(), run.autocast:
         loss = run.net(run.x, run.y)[1]
@@ -54,17 +57,24 @@ def scored_step(device, dtype):
         pytest.param("cuda", "bfloat16", 0.02, id="cuda-bfloat16", marks=pytest.mark.gpu),
     ],
 )
-def test_a_scored_step_is_that_of_the_cpu_in_float32(monkeypatch, device, dtype, tolerance):
+def test_a_scored_step_is_that_of_the_cpu_in_float32(monkeypatch, tmp_path, device, dtype, tolerance):
     monkeypatch.setattr(operators, "weight_gradients", {})  # and as it was, afterwards
+    monkeypatch.setattr(kernels, "cache_file", lambda: f"{tmp_path}/kernels.json")
+    candidates = kernels.candidates
+    monkeypatch.setattr(kernels, "candidates", lambda *gpu: candidates(*gpu)[2:3])  # one tile is enough to compile
     expected = scored_step("cpu", "float32")
     for ours, theirs in zip(scored_step(device, dtype), expected, strict=True):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
+    assert bool(operators.weight_gradients) == (device == "cuda")
+    assert kernels.PLAIN not in operators.weight_gradients.values()
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(home, device):  # noqa: F811
+def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(home, monkeypatch, device):  # noqa: F811
     flags = f"{SCORED} --checkpoint_interval=2 --max_iters=60 --learning_rate=1e-3 --device={device}"
-    run = start(f"{flags} --out_dir=out/killed")
+    monkeypatch.setattr(kernels, "candidates", lambda *_: [kernels.PLAIN])  # nothing has to be compiled
+    plain = "from support import kernels; kernels.candidates = lambda *_: [kernels.PLAIN]"
+    run = start(f"{flags} --out_dir=out/killed", plain)
     wait_for_training(run)
     while not os.path.exists("out/killed/dot_prod"):  # the first checkpoint behind a step
         time.sleep(0.01)
@@ -102,6 +112,11 @@ def test_the_rehearsal_runs_every_stage_and_executes_almost_every_line(tmp_path)
     assert {"tokenizer", "scored_s", "test_loss", "nats"} <= keys[5]
     arms = {row["arm"] for row in results[4]["figures"] if "first_s" in row}
     assert arms == {"plain", "scored", "stock", "val", "scored4", "val4", "order2"}
+    beside = {(row["arm"], row.get("part")): row for row in results[4]["figures"] if "budget_ms" in row}
+    assert {arm for arm, _ in beside} == {"plain", "scored", "stock", "val", "order2"}
+    for part in (None, "attention", "dW", "forward, dX", "head products", "layer norms", "AdamW"):
+        row = beside["scored", part]
+        assert row["ms"] > 0 and row["budget_ms"] > 0 and row["budget_for"] == "H100, on paper"
     *_, last = (row for row in results[4]["figures"] if "overhead" in row)
     assert set(last) == {"val_batch_size", "overhead", "total", "plain_over_stock", "val_over_plain"}
     for stage in results.values():
@@ -171,6 +186,74 @@ def test_lines_that_no_process_has_executed_are_found(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout == "lines that were not executed, 1:\nscript.py:4: return 2\n", run.stderr
     assert unexecuted.unexecuted(f"{tmp_path}/script.py", set()) == [2, 3, 4]
+
+
+def test_a_kernel_is_for_a_part_of_the_budget():
+    """Kernels' names as torch, cuBLAS and torch.compile have them."""
+    parts = {
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<cutlass::bfloat16_t>": "attention",
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "products",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "products",
+        "descriptors_kernel": "dW",
+        "cross_entropy_kernel": "head softmax",
+        "triton_red_fused__log_softmax_nll_loss_forward_3": "head softmax",
+        "triton_per_fused_add_native_layer_norm_backward_sum_5": "layer norms",
+        "triton_red_fused_add_arange_embedding_native_layer_norm_0": "embeddings",
+        "void multi_tensor_apply_kernel<TensorListMetadata, FusedAdamMathFunctor<float, 4>>": "AdamW",
+        "triton_poi_fused_add_addcmul_div_mul_sqrt_2": "direction",
+        "triton_poi_fused_gelu_backward_7": "casts, pointwise",
+        "Memcpy DtoD (Device -> Device)": "midpoint, copies",
+        "Memset (Device)": "else",
+    }
+    assert {name: profiled.part_of(name) for name in parts} == parts
+
+
+@pytest.mark.parametrize(
+    "name, shapes, part",
+    [
+        ("aten::mm", [[160, 32], [32, 96], [160, 96]], "forward, dX"),
+        ("aten::addmm", [[96], [160, 32], [32, 96], [], []], "forward, dX"),
+        ("aten::addmm_", [[96, 32], [96, 40], [40, 32], [], []], "dW"),
+        ("aten::bmm", [[4, 96, 40], [4, 40, 32]], "dW"),
+        ("aten::mm", [[160, 32], [32, 257]], "head products"),
+        ("aten::mm", [[160, 257], [257, 32]], "head products"),
+        ("aten::addmm", [[257, 32], [257, 160], [160, 32], [], []], "dW"),
+        ("aten::add", [[160, 32], [160, 32]], None),
+    ],
+)
+def test_a_product_is_for_a_part_of_the_budget(name, shapes, part):
+    assert profiled.part_of_product(name, shapes, SimpleNamespace(**gpu.TINY)) == part
+
+
+def test_what_is_measured_stands_beside_what_is_on_paper():
+    """A scored arm has its validation pass, which the budget has apart."""
+    scored, val = {"dW": dict(ms=1.0), "head dW": dict(ms=0.5), "AdamW": dict(ms=0.25)}, {"dW": dict(ms=0.125)}
+    budget = dict(arms=dict(scored=scored, val=val), knobs=dict(gpu="H100"))
+    kernel = dict(arm="scored", kernel="k", part="dW", ms=2.0, calls=3)
+    figures = [dict(arm="scored", ms=9.0), kernel, dict(val_batch_size=1), dict(arm="scored4", ms=8.0)]
+    figures += [dict(arm="scored", part=part, ms=ms) for part, ms in (("dW", 3.0), ("attention", 0.0), ("else", 0.5))]
+    rows = profiled.beside(figures, budget)
+    assert [row.get("budget_ms") for row in rows] == [1.875, None, None, None, 1.625, 0]
+    assert [row.get("part") for row in rows] == [None, "dW", None, None, "dW", "else"]
+    assert profiled.beside(figures, dict(failure="no budget")) == [*figures, dict(failure="no budget")]
+
+
+def test_every_part_of_the_budget_has_its_place_beside_what_is_measured():
+    from support import budget
+
+    on_paper = [name for names, _ in profiled.PARTS.values() for name in names]
+    assert sorted([*on_paper, "loader"]) == sorted(budget.PARTS)
+
+
+def test_tests_that_the_limit_leaves_out_are_named(tmp_path):
+    """The first one takes the time that there is."""
+    for name in ("conftest.py",):
+        shutil.copy(f"{ROOT}/tests/{name}", tmp_path)
+    code = "import time\n\ndef test_first():\n    time.sleep(2.1)\n\ndef test_second():\n    pass\n"
+    (tmp_path / "test_slow.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", f"--until={time.time() + 2}"]
+    run = subprocess.run([*command, "test_slow.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert re.search("test_second SKIPPED .out of time", run.stdout), run.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ def test_compiled_on_two_processes(home, n_embd):  # noqa: F811
     same_run("out/two", "out/one", exact=False)
 
 
-def test_a_model_of_two_ddp_buckets_scored_then_filtered_on_one_two_and_four_processes(home):  # noqa: F811
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_model_of_two_ddp_buckets_scored_then_filtered(home, n):  # noqa: F811
     flags = FLAGS.replace("--n_embd=16 ", "--n_embd=768 ").replace("--dropout=0.1", "--max_iters=4")
     call(train.main, f"{flags} --out_dir=out/base")
     model = torch.load("out/base/ckpt.pt", weights_only=True)["model"]
@@ -110,9 +111,8 @@ def test_a_model_of_two_ddp_buckets_scored_then_filtered_on_one_two_and_four_pro
     flags += " --filter_from=out/base --filter_negative=True"
     call(train.main, f"{flags} --out_dir=out/1")
     assert not (read_log("out/1")["sample_id"] % 4 == 0).any()
-    for n in (2, 4):
-        torchrun(n, f"{flags} --out_dir=out/{n}")
-        same_run(f"out/{n}", "out/1", exact=False)
+    torchrun(n, f"{flags} --out_dir=out/{n}")
+    same_run(f"out/{n}", "out/1", exact=False)
 
 
 def test_killed_on_two_processes_and_resumed_on_four_and_on_one(home):  # noqa: F811
@@ -172,5 +172,5 @@ def test_two_agents_meet_at_a_rendezvous(home):  # noqa: F811
 def test_a_batch_that_does_not_divide_is_refused(home, monkeypatch):  # noqa: F811
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SystemExit, match="gradient_accumulation_steps=4 does not divide by 3 processes; use 3 or 6"):
+    with pytest.raises(SystemExit, match="gradient_accumulation_steps=4 does not divide by 3 processes; start as many"):
         call(train.main, FLAGS)

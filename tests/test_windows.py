@@ -1,5 +1,6 @@
 """The order of the windows: every eligible one once an epoch, wherever one starts, whatever is rejected."""
 
+import json
 import threading
 import time
 import tracemalloc
@@ -7,18 +8,25 @@ import zlib
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import TINY, call, corpus, home  # noqa: F401 (fixtures)
 
+import prepare_owt
+import train
 from prepare_owt import write_checksums
-from support.configurator import UserError
-from support.corpus import PAGE, Tokens, count_windows, open_split, sha256_of
+from support import windows
+from support.configurator import UserError, configure
+from support.corpus import PAGE, Tokens, count_windows, get_tokenizer, load_meta, open_split, sha256_of
+from support.processes import Ranks
 from support.windows import (
     TEST,
     TRAIN,
     VAL,
     WindowOrder,
+    Windows,
     drawn_ahead,
     get_batch,
     micro_batches,
@@ -173,6 +181,86 @@ def test_a_billion_windows_on_a_sparse_file(tmp_path):
             times.append(time.perf_counter() - start)
         assert x.shape == (B, T) and not np.isin(ids, sample_id[value < 0]).any()
         print(f"\n{pool}: start-up {started:.2f} s, a batch of {B} x {T} {1000 * np.median(times):.2f} ms", end="")
+
+
+def windows_of(flags):
+    """The windows that `train.py <flags>` sees."""
+    return Windows(configure(train.Knobs, f"{TINY} {flags}".split()))
+
+
+def test_a_run_says_how_often_it_will_see_the_windows_that_are_left(home, capsys):  # noqa: F811
+    windows_of("").describe(Ranks())
+    assert "each is seen" not in capsys.readouterr().out  # 32 draws of 620 windows
+    value = np.where(np.arange(30) < 10, -1.0, 1.0)
+    np.savez("values.npz", sample_id=np.arange(30), value=value, visits=np.ones(30, dtype=np.int64))
+    scored = dict(fingerprint=load_meta("data/tiny")["fingerprint"], knobs=dict(dataset="tiny", block_size=16))
+    (home / "config.json").write_text(json.dumps(scored))
+    windows_of("--filter_from=. --filter_negative=True").describe(Ranks())
+    assert "32 draws of 20 windows: each is seen 1.6 times" in capsys.readouterr().out
+    windows_of("--max_iters=1000 --batch_size=31").describe(Ranks())
+    assert "31,000 draws of 620 windows: each is seen 50.0 times" in capsys.readouterr().out
+    windows_of("--max_iters=31 --batch_size=20 --drop_random=0.5").describe(Ranks())
+    assert "620 draws of 310 windows: each is seen 2.0 times" in capsys.readouterr().out
+
+
+def prepare(folder, domains):
+    """A corpus 'many' in `folder`/data, of 1,000 documents or one of each domain."""
+    with open(f"{folder}/many.jsonl", "w", encoding="utf-8") as file:
+        for i in range(max(len(domains), 1000)):
+            text = f"{i} {domains[i % len(domains)]} {'abcde' * 8}"
+            file.write(json.dumps(dict(text=text, domain=domains[i % len(domains)])) + "\n")
+    flags = f"--source={folder}/many.jsonl --domain_field=domain --tokenizer=bytes --data_dir={folder}/data"
+    call(prepare_owt.main, f"{flags} --val_fraction=0.3 --test_fraction=0.3")
+
+
+def test_a_domain_with_a_comma_is_chosen_with_a_backslash(tmp_path):
+    prepare(tmp_path, ["Books, fiction", "Books", "a\\b", "x,y,z", "Straße [1]"])
+    knobs = configure(train.Knobs, [*TINY.split(), "--dataset=many", f"--data_dir={tmp_path}/data", "--score=True"])
+    knobs.val_sets = r"Books\, fiction,all,Books,a\b,x\,y\,z,Straße [1]"
+    seen = Windows(knobs)
+    assert list(seen.val_sets) == ["Books, fiction", "all", "Books", "a\\b", "x,y,z", "Straße [1]"]
+    assert list(seen.test_sets)[:3] == ["test_loss", "test_loss_Books, fiction", "test_loss_Books"]
+    tokens, ids = seen.test_sets["test_loss_Books, fiction"]
+    text = bytes(tokens.windows(ids, 16).clip(max=255).astype(np.uint8).ravel())
+    assert text.count(b"Books, fi") > text.count(b"x,y,z")
+    knobs.val_sets = "Books, fiction"
+    with pytest.raises(
+        UserError, match=r"' fiction' is no corpus in .*; of 7 names the nearest are Books\\, fiction, "
+    ):
+        Windows(knobs)
+
+
+def test_an_unknown_set_among_ten_thousand_domains_is_told_in_a_short_line(tmp_path):
+    prepare(tmp_path, [f"site-{i}.example.org" for i in range(10_000)])
+    with pytest.raises(UserError, match="'site-77.exmaple.org' is no .*of 10,002 names.* site-77.example.org") as error:
+        windows_of(f"--dataset=many --data_dir={tmp_path}/data --val_sets=site-77.exmaple.org")
+    assert len(str(error.value)) < 500
+
+
+def test_bits_per_byte_count_the_bytes_of_the_targets_of_each_test_set(home, monkeypatch):  # noqa: F811
+    """Of a tokenizer with tokens of one and two bytes; an end-of-text token has none."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"e": 257, b"th": ord("e")}
+    encoding = tiktoken.Encoding(
+        "pairs", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+    )
+    for tokenizer in (get_tokenizer("bytes"), encoding):
+        monkeypatch.setattr(windows, "get_tokenizer", lambda name, tokenizer=tokenizer: tokenizer)
+        seen = windows_of("--val_sets=odd --eval_iters=1000")
+        assert list(seen.bytes_per_token) == ["test_loss", "test_loss_odd"]
+        for name, (tokens, ids) in seen.test_sets.items():
+            targets = [token for window in tokens.windows(ids, 16).tolist() for token in window[1:]]
+            pieces = [b"" if token == 256 else tokenizer.decode_single_token_bytes(token) for token in targets]
+            assert seen.bytes_per_token[name] == pytest.approx(len(b"".join(pieces)) / len(targets))
+            assert 256 in targets and max(map(len, pieces)) == (1 if tokenizer.n_vocab == 257 else 2)
+
+
+def test_without_the_tokenizer_s_files_a_run_has_no_bits_per_byte_and_trains(home, monkeypatch):  # noqa: F811
+    def offline(name):
+        raise UserError("GPT-2's BPE files could not be fetched")
+
+    monkeypatch.setattr(windows, "get_tokenizer", offline)
+    assert windows_of("").bytes_per_token == {}
+    call(train.main, f"{TINY} --max_iters=3 --out_dir=out/x")
 
 
 @settings(max_examples=60, deadline=None)
