@@ -5,7 +5,7 @@ Text -> tokens: data/<name>/{train,val,test}.bin, where each document begins, an
     python prepare_owt.py --max_tokens=100000000                                 # its beginning, without the download
     python prepare_owt.py --source=<hub id> --domain_field=meta.pile_set_name    # another text data set of the hub
     python prepare_owt.py --source='texts/*.parquet' --name=mine --text_field=text --domain_field=domain
-    python prepare_owt.py --source=input.txt --tokenizer=bytes                   # a file or a folder of them
+    python prepare_owt.py --source=input.txt,notes/ --name=mine --tokenizer=bytes # files and folders of them
     python prepare_owt.py --source=../nanoGPT/data/openwebtext                   # train.bin and val.bin, taken over
     python prepare_owt.py --source=python                                        # this Python's own library, as bytes
 
@@ -46,13 +46,13 @@ from support.sources import KINDS, MARKS, documents_of, kind_of, paths_of
 
 @dataclass
 class Knobs:
-    source: str = "Skylion007/openwebtext"  # a hub id, 'python', or files, folders and globs: a.txt,b/*.parquet
-    config: str = ""  # of a hub's data set, or of a local folder like one, that has several
+    source: str = "Skylion007/openwebtext"  # a hub id, 'python', or files, folders, globs: a.txt,b/*.csv
+    config: str = ""  # the configuration of a hub's data set, or of a local folder of that kind, with several
     split: str = "train"  # of the hub's data set
     text_field: str = "text"  # where a document's text stands
     domain_field: str = ""  # where a document's domain stands; dots for nested fields, as in meta.pile_set_name
-    split_documents: str = "file"  # plain text: what is a document, 'file' or 'line', or ends one, as the other MARKS
-    max_tokens: int = 0  # stop after so many, and read a hub's data set without its download; 0: all
+    split_documents: str = "file"  # plain text: a document ends with a file, line, blank_line or <|endoftext|>
+    max_tokens: int = 0  # stop after so many (0: never); a hub's data set is then streamed, not downloaded
     tokenizer: str = ""  # 'gpt2' or 'bytes'; the default is bytes for 'python', else gpt2
     data_dir: str = "data"
     name: str = ""  # of the folder in data_dir; the default comes from the source
