@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from support.configurator import UserError, configure
+from support.configurator import UserError, check, configure
 from support.corpus import DOCUMENT, PAGE, SPLITS, checksum_of, get_tokenizer, is_nanogpt, sha256_of
 from support.files import atomic_write, lock
 from support.sources import KINDS, MARKS, documents_of, kind_of, paths_of
@@ -62,24 +62,22 @@ class Knobs:
     num_proc: int = max(1, (os.cpu_count() or 2) // 2)  # threads that encode, processes that read
 
     def __post_init__(self):
-        if min(self.val_fraction, self.test_fraction) <= 0 or self.val_fraction + self.test_fraction >= 1:
-            found = f"--val_fraction={self.val_fraction} --test_fraction={self.test_fraction}"
-            raise UserError(f"{found}: both must be above 0 and leave something to train on")
-        if self.num_proc < 1 or self.seed < 0 or self.max_tokens < 0:
-            found = f"--num_proc={self.num_proc} --seed={self.seed} --max_tokens={self.max_tokens}"
-            raise UserError(f"{found}: expected at least 1, 0 and 0")
-        if self.split_documents not in MARKS:
-            raise UserError(f"--split_documents={self.split_documents}: expected {', '.join(MARKS)}")
+        found = f"--val_fraction={self.val_fraction} --test_fraction={self.test_fraction}"
+        some = min(self.val_fraction, self.test_fraction) > 0 and self.val_fraction + self.test_fraction < 1
+        check(some, f"{found}: both must be above 0 and leave something to train on")
+        found = f"--num_proc={self.num_proc} --seed={self.seed} --max_tokens={self.max_tokens}"
+        check(self.num_proc > 0 and min(self.seed, self.max_tokens) >= 0, f"{found}: expected at least 1, 0 and 0")
+        found = f"--split_documents={self.split_documents}"
+        check(self.split_documents in MARKS, f"{found}: expected {', '.join(MARKS)}")
         self.tokenizer = self.tokenizer or ("bytes" if self.source == "python" else "gpt2")
-        if self.tokenizer not in ("gpt2", "bytes"):
-            raise UserError(f"--tokenizer={self.tokenizer}: expected gpt2 or bytes")
+        check(self.tokenizer in ("gpt2", "bytes"), f"--tokenizer={self.tokenizer}: expected gpt2 or bytes")
         if not self.name:
             name = os.path.basename(os.path.abspath(self.source))
             kind, packed = kind_of(name)
             self.name = name[: len(name) - len(kind + packed)] if kind in KINDS else name  # a hub id may have dots
-            several = not os.path.exists(self.source) and (glob.has_magic(self.name) or "," in self.source)
-            if several or not self.name:
-                raise UserError(f"--source={self.source}: give the corpus a name, --name=<folder in {self.data_dir}>")
+            one = os.path.exists(self.source) or not (glob.has_magic(self.name) or "," in self.source)
+            mend = f"give the corpus a name, --name=<folder in {self.data_dir}>"
+            check(one and self.name, f"--source={self.source}: {mend}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,11 +182,10 @@ def nanogpt_pieces(tokenizer, knobs):
     one ends within 2 MB before the edge. Raises UserError where they are not tokens of `tokenizer`.
     """
     folder, most = knobs.source, 2**20  # tokens at a time
-    if os.path.exists(f"{folder}/meta.pkl"):
-        mend = f"prepare its text with --source={folder}/input.txt --tokenizer=bytes"
-        raise UserError(f"{folder}/meta.pkl: the tokens are characters, numbered by this pickle; {mend}")
-    if knobs.max_tokens:
-        raise UserError(f"--max_tokens={knobs.max_tokens}: {folder} is taken over whole; leave it out")
+    found = f"{folder}/meta.pkl: the tokens are characters, numbered by this pickle"
+    mend = f"prepare its text with --source={folder}/input.txt --tokenizer=bytes"
+    check(not os.path.exists(f"{folder}/meta.pkl"), f"{found}; {mend}")
+    check(not knobs.max_tokens, f"--max_tokens={knobs.max_tokens}: {folder} is taken over whole; leave it out")
     train, val = (f"{folder}/{name}.bin" for name in ("train", "val"))
     n_train, n = os.path.getsize(train) // 2, os.path.getsize(val) // 2
     edge = int(n * knobs.val_fraction / (knobs.val_fraction + knobs.test_fraction))
@@ -199,9 +196,9 @@ def nanogpt_pieces(tokenizer, knobs):
         domain = "all"
         for at in range(begin, end, most):
             ids = np.fromfile(path, dtype="<u2", count=min(most, end - at), offset=2 * at)
-            if ids.max() >= tokenizer.n_vocab:
-                found = f"has token {ids.max()}, {tokenizer.name} has {tokenizer.n_vocab} tokens"
-                raise UserError(f"--tokenizer={tokenizer.name}: {path} {found}; name the tokenizer that made it")
+            found = f"{path} has token {ids.max()}, {tokenizer.name} has {tokenizer.n_vocab} tokens"
+            mend = "name the tokenizer that made it"
+            check(ids.max() < tokenizer.n_vocab, f"--tokenizer={tokenizer.name}: {found}; {mend}")
             for part in np.split(ids, np.flatnonzero(ids == tokenizer.eot_token) + 1):
                 if len(part):
                     yield part, domain, split
@@ -295,8 +292,7 @@ def main():
     knobs = configure(Knobs, sys.argv[1:])
     tokenizer, counts = get_tokenizer(knobs.tokenizer), Counter()
     folder = os.path.join(knobs.data_dir, knobs.name)
-    if is_nanogpt(folder):
-        raise UserError(f"{folder}: holds a corpus of nanoGPT, which would be lost; take another --name")
+    check(not is_nanogpt(folder), f"{folder}: holds a corpus of nanoGPT, which would be lost; take another --name")
     if taken_over := is_nanogpt(knobs.source):
         pieces = nanogpt_pieces(tokenizer, knobs)
     else:
@@ -305,8 +301,7 @@ def main():
             print(f"reading {', '.join(f'{n:,} {kind} files' for kind, n in kinds.most_common())}")
         pieces = encoded(by_chance(documents_of(knobs), knobs), tokenizer, knobs, counts)
     first = next(pieces, None)  # so that a source that cannot be read fails before anything is written
-    if first is None:
-        raise UserError(f"--source={knobs.source}: no text in it")
+    check(first is not None, f"--source={knobs.source}: no text in it")
     with ExitStack() as stack:
         try:
             os.makedirs(folder, exist_ok=True)

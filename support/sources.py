@@ -18,8 +18,7 @@ import sys
 import sysconfig
 from collections import Counter
 
-from support.configurator import UserError
-from support.files import writing
+from support.configurator import UserError, check
 
 PLAIN = (".txt", ".md")
 KINDS = (".parquet", ".jsonl", ".json", ".csv", *PLAIN)  # of files
@@ -39,10 +38,9 @@ def documents_of(knobs):
         yield from python_documents()
         return
     paths = paths_of(knobs)
-    if knobs.split_documents != "file" and not any(kind_of(path)[0] in PLAIN for path in paths):
-        raise UserError(f"--split_documents={knobs.split_documents}: {knobs.source} is no plain text; leave it out")
-    if knobs.config and paths:
-        raise UserError(f"--config={knobs.config}: {knobs.source} has no configurations; leave it out")
+    plain = knobs.split_documents == "file" or any(kind_of(path)[0] in PLAIN for path in paths)
+    check(plain, f"--split_documents={knobs.split_documents}: {knobs.source} is no plain text; leave it out")
+    check(not (knobs.config and paths), f"--config={knobs.config}: {knobs.source} has no configurations; leave it out")
     if not paths:
         yield from row_documents(hub_rows(knobs), knobs.source, knobs)
     for path in paths:
@@ -71,8 +69,8 @@ def paths_of(knobs):
                     return []  # it describes configurations, as the hub's data sets do
                 below = sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))
                 below = [name for name in below if kind_of(name)[0] in KINDS and os.path.isfile(name)]
-            if not below or kind_of(below[0])[0] not in KINDS:
-                raise UserError(f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
+            readable = below and kind_of(below[0])[0] in KINDS
+            check(readable, f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
             paths += below
     return list(dict.fromkeys(paths))
 
@@ -188,8 +186,7 @@ def hub_rows(knobs):
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        with writing(f"HF_HOME={datasets.config.HF_CACHE_HOME}"):
-            data = datasets.load_dataset(knobs.source, knobs.config or None, split=knobs.split, **options)
+        data = datasets.load_dataset(knobs.source, knobs.config or None, split=knobs.split, **options)
         columns = {field.split(".")[0] for field in (knobs.text_field, knobs.domain_field) if field}
         if columns <= set(data.column_names or ()):
             data = data.select_columns(sorted(columns))
@@ -197,13 +194,19 @@ def hub_rows(knobs):
             yield from table.to_pylist()
     except Exception as error:  # of many types: no network, no such data set, a damaged file
         cause = error.__cause__ or error
-        what = f"could not be read as text by the library datasets ({type(cause).__name__}: {cause})"
+        what = f"{type(cause).__name__}: {cause}"
+        if "Traceback" in what:  # of one of the num_proc processes: its first error is the cause of the others
+            what = re.search(r"^[\w.]*(?:Error|Exception)\b.*|\Z", what, re.MULTILINE)[0]
+        if re.search("[Nn]o space|disk space|[Qq]uota", what):
+            mend = "name another folder there, or take the beginning of the data set with --max_tokens"
+            home = datasets.config.HF_CACHE_HOME
+            raise UserError(f"HF_HOME={home}: has too little room for {knobs.source} ({what}); {mend}") from error
         mends = {
-            "Config name|BuilderConfig": "choose one with --config=<name>",
-            "disk space": "set HF_HOME to a folder with more room, or take its beginning with --max_tokens",
-            "column|CastError|JSON parse": "download its files, which --source='<folder>/*.jsonl' reads row by row",
+            "Config name|BuilderConfig": "; choose one with --config=<name>",
+            "column|CastError|JSON parse": "; download its files, which --source='<folder>/*.jsonl' reads row by row",
         }
-        mend = next((f"; {mend}" for found, mend in mends.items() if re.search(found, what)), "")
+        mend = next((mend for found, mend in mends.items() if re.search(found, what)), "")
+        what = f"could not be read as text by the library datasets ({what})"
         raise UserError(f"--source={knobs.source}: {what}{mend}") from error
 
 
