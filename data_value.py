@@ -204,7 +204,7 @@ def weight_gradient_shapes(model, knobs):
 
 
 def choose_kernels(model, knobs, n_directions):
-    """On a GPU, take the fastest correct way to every weight gradient of `model`: the reason, lines to print."""
+    """On a GPU, put the fastest correct kernels into operators.weight_gradients; returns lines to print."""
     operators.weight_gradients = {}
     shapes = {shape[2:]: shape for shape in sorted(weight_gradient_shapes(model, knobs))}  # of slices the largest
     how = getattr(torch, knobs.dtype), operators.add_samples, n_directions
@@ -277,12 +277,12 @@ def precondition(rows, gradients, means, moments, beta2, eps, correction, steppe
     place and a parameter at a time, so that the smaller ones stay in the cache: up to six passes, which torch.compile
     makes one.
     """
-    for d, g, m, v in zip(rows, gradients, means, moments, strict=True):
+    for row, g, mean, v in zip(rows, gradients, means, moments, strict=True):
         if stepped:
-            torch.div(v, correction, out=d)
+            torch.div(v, correction, out=row)
         else:
-            torch.mul(v, beta2, out=d).addcmul_(m, m, value=1 - beta2).div_(correction)
-        torch.div(g, d.sqrt_().add_(eps), out=d)
+            torch.mul(v, beta2, out=row).addcmul_(mean, mean, value=1 - beta2).div_(correction)
+        torch.div(g, row.sqrt_().add_(eps), out=row)
 
 
 def set_direction(
@@ -292,7 +292,7 @@ def set_direction(
     Fill row k of the buffers of `attach_directions` with D. Without an optimizer D = G. With an AdamW, D = P * G for
     the step that it is about to take: v' = beta2 * v + (1 - beta2) * G^2 and its bias correction, so that a fresh
     state does not give 1 / eps; or, `stepped`, for the step that it has just taken, whose v is known. `mean` takes the
-    place of G in v', so that the directions of several groups average to that of all. The slice of the parameter
+    place of G in v', so that the directions of several groups average to that of all. The part of the parameter
     `without` is zero. `precondition` is the function above or torch.compile of it.
     """
     mean = mean or gradient
@@ -337,8 +337,8 @@ class Directions:
 
     def update(self, fresh, iter_num):
         """
-        Take the gradients of the iterator `fresh` of (gradient, loss), or average them with those of all iterations
-        before `iter_num`. Returns the mean loss, a scalar tensor.
+        Store the gradients of the iterator `fresh` of (gradient, loss), or mix them into the running averages of the
+        iterations before `iter_num`. Returns the mean loss, a scalar tensor.
         """
         if self.half_life and self.gradients:
             x = math.log(2) / self.half_life
@@ -352,8 +352,8 @@ class Directions:
             self.gradients, losses = zip(*fresh, strict=True)
         return torch.stack(losses).mean()
 
-    def mean(self):
-        """The mean gradient of the first set's groups."""
+    def gradient(self):
+        """G of the first set: the mean of its groups' gradients."""
         return mean_gradient(self.gradients[: self.groups])
 
     def fill(self, optimizer, stepped=False):
@@ -381,8 +381,8 @@ class Directions:
 @torch.no_grad()
 def retreat_to_midpoint(optimizer):
     """
-    Take half of what the batch contributed to the step that `optimizer` (SGD without momentum, or AdamW) has just taken
-    back from the parameters, whose `.grad` is still the step's. With delta_N the step and delta_0 what momentum and
+    Undo half of what the batch contributed to the step just taken. `optimizer` is SGD without momentum, or AdamW; the
+    parameters' `.grad` is still the step's. With delta_N the step and delta_0 what momentum and
     decay would have made it without any sample, they then are theta + (delta_0 + delta_N) / 2: where the validation
     gradient gives the Shapley values of the quadratic utility. For SGD it is G + H delta_N / 2, Theorem 4 of
     arXiv 2406.11011, up to third order in the learning rate.

@@ -2,8 +2,8 @@
 GPT-2, in nanoGPT's shape and with its parameter names, so that checkpoints of either load in the other.
 
 The one addition is `alpha`, zeros of shape (B, K) that ride along to every layer with weights. The forward pass never
-uses them; their gradient is the dot product of every sample's gradient with each of the K directions that the layers
-hold (data_value.py).
+uses their values; their gradient is the dot product of every sample's gradient with each of the K directions that the
+layers hold (data_value.py).
 """
 
 import math

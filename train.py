@@ -371,7 +371,7 @@ def train(knobs, ranks, stack):
             metrics |= step_cost(spent / taken, model, knobs, ranks.world)
             if knobs.score:
                 metrics["negative"] = ranks.total(torch.stack(negative).mean()).item() / ranks.world
-                metrics["predicted"] = predicted_drop(directions.mean(), params, theta)
+                metrics["predicted"] = predicted_drop(directions.gradient(), params, theta)
                 metrics["realised"] = val_before - evaluate(compiled, windows, *first_set, *how)
                 metrics["value_sum"] = ranks.total(lr * clip / B * first.sum()).item()
                 metrics["val_ms"] = val_ms

@@ -643,7 +643,7 @@ def cuda_ms(run, repeats=9):
 def candidates_report(device, shapes, dtype, K, plain):
     """
     Yields the rows of `attempt`, candidates by name, for every shape (B, T, in, out) and candidate of `device`, which
-    on a CPU is `plain` alone, data_value's add_samples; first cuBLAS's own weight gradient in `dtype`, without dots, to
+    on a CPU is `plain` alone, operators.add_samples; first cuBLAS's own weight gradient in `dtype`, without dots, to
     compare with.
     """
     device, listed, timer = torch.device(device), [PLAIN], wall_ms

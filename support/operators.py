@@ -23,7 +23,7 @@ def operator(function):
     return registered
 
 
-# {(in, out): a candidate of support/kernels.py}, which train.py fills on a GPU by kernels.choose; else PyTorch's way
+# {(in, out): a candidate of support/kernels.py}, which data_value.choose_kernels fills on a GPU; else PyTorch's way
 weight_gradients = {}
 
 

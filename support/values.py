@@ -85,9 +85,9 @@ def z_score(dots):
 def write_values(out_dir):
     """
     Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,) int64,
-    and z_score (n,), the mean over visits of the value less the mean of its iteration's, over their standard
-    deviation. `columns` (C,) names the run's columns. Where they are several, these are of the first, and values,
-    z_scores (n, C) of all; where there are groups of validation windows, errors (n, C) are the standard errors.
+    and z_score (n,), the mean over visits of (value - mean of its batch) / standard deviation of its batch. `columns`
+    (C,) names the run's columns. Where they are several, these are of the first, and values, z_scores (n, C) of all.
+    Where there are groups of validation windows, errors (n, C) are the standard errors.
     """
     log = read_log(out_dir)
     sample_id, where, visits = np.unique(log["sample_id"], return_inverse=True, return_counts=True)
@@ -98,7 +98,7 @@ def write_values(out_dir):
     groups, z_scores = [], []  # of each column (groups, n) and (n,)
     for places in columns_of(log["directions"]).values():
         dots = log["dot_product"][:, :, places]
-        groups.append(np.stack([summed(log["scale"] * dots[:, :, k]) for k in range(len(places))]))
+        groups.append(np.stack([summed(log["scale"] * dots[:, :, group]) for group in range(len(places))]))
         z_scores.append(summed(z_score(dots.mean(2, dtype=np.float64))) / visits)
     values, z_scores = np.stack([group.mean(0) for group in groups], 1), np.stack(z_scores, 1)
     arrays = dict(sample_id=sample_id, value=values[:, 0], visits=visits, z_score=z_scores[:, 0])

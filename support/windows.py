@@ -2,9 +2,9 @@
 Which windows a run sees, and when.
 
 Window i of a split is its tokens i*T to i*T + T, both included, T = block_size: x is the first T of them, y the last T.
-The next window begins with the last one. The order is a pure function of (seed, stream, position): every epoch visits
-each eligible window once, in an order that a keyed permutation computes on the fly, so that memory does not grow with
-the corpus and the state of a run is one integer, its position.
+The last token of a window is the first of the next. The order is a pure function of (seed, stream, position). Every
+epoch visits each eligible window once, in an order that a keyed permutation computes on the fly. So memory does not
+grow with the corpus, and the state of a run is one integer, its position.
 """
 
 import difflib
