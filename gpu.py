@@ -121,7 +121,7 @@ def gpu_tests(knobs, report):
                     failed |= {test: line.strip()} if cut or outcome in ("FAILED", "ERROR") else {}
                 summary = re.match(r"(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", line)
                 failed |= {summary.group(1): line.strip()} if summary else {}  # with the reason
-                begun = line.strip() if "::" in line and not ended and not summary else ""
+                begun = "" if ended else line.strip() if re.match(r"\S+::", line) else begun
         timer.cancel()
         if begun:
             failed[begun] = f"KILLED {begun}"
@@ -135,8 +135,11 @@ def gpu_tests(knobs, report):
     for path in sorted(glob.glob(f"{ROOT}/tests/test_*.py")):
         with open(path, encoding="utf-8") as file:
             paths += [os.path.relpath(path, ROOT)] if "pytest.mark.gpu" in file.read() else []
-    # a process for each file: after an illegal access, say, nothing works any more on the GPU in its process
-    groups = [[path] for path in paths] if knobs.cuda else [paths]
+    # A process for each file, since after an illegal access, say, nothing works any more on the GPU in its process, and
+    # two for kernels, which take long to compile.
+    halves = ["-k", "float32"], ["-k", "not float32"]
+    groups = [[path, *half] for path in paths for half in (halves if "kernels" in path else [[]])]
+    groups = groups if knobs.cuda else [paths]
     with ThreadPoolExecutor(len(groups)) as pool:
         codes = list(pool.map(run, groups))
     failed = [group for group, code in zip(groups, codes, strict=True) if code not in (0, 5)]  # 5: it has none for now
