@@ -81,7 +81,8 @@ def run_script(folder, argv, before, pipes):
     os.chdir(folder)
     for number, pipe in enumerate(pipes, 1):
         os.dup2(os.open(pipe, os.O_WRONLY), number)
-    sys.stdout.reconfigure(line_buffering=True)
+    # a new one: that of the first process may have been a file, in which one can seek
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.argv = ["train.py", *argv]
     exec(before)
     train.main()
