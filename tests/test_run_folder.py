@@ -84,7 +84,7 @@ def run_script(folder, argv, before, pipes):
     # a new one: that of the first process may have been a file, in which one can seek
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.argv = ["train.py", *argv]
-    exec(before)
+    exec(before, {})
     train.main()
 
 
