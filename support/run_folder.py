@@ -53,8 +53,9 @@ class RunFolder:
         try:
             os.makedirs(self.path, exist_ok=True)
             self.metrics = self.stack.enter_context(open(self.metrics_path, "ab", buffering=0))  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"--out_dir={self.path}: {self.metrics_path}: {error.strerror}") from error
+        except (OSError, UnicodeError) as error:  # the latter where the system's file names are ASCII
+            what = getattr(error, "strerror", error)
+            raise UserError(f"--out_dir={self.path}: {self.metrics_path}: {what}; choose another folder") from error
         lock(self.metrics, self.path)
         # Nothing is in the metrics before the first checkpoint: without either, a run was killed before it began.
         begun = os.path.exists(self.ckpt_path) or os.path.getsize(self.metrics_path) or log_files(self.path)
