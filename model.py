@@ -169,8 +169,8 @@ class GPT(nn.Module):
             check(not adapter, f"{flag}: has an adapter, adapter_config.json; merge it into the weights first")
             source, loaded = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
         except Exception as error:  # damaged files raise all kinds
-            message = str(error).strip().splitlines()[0]
-            raise UserError(f"{flag}: transformers could not load it: {message}") from error
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{flag}: transformers could not load it ({what:.200})") from error
         wrong = [key for why in ("missing", "unexpected") for key in loaded[f"{why}_keys"] if not key.endswith(MASKS)]
         # transformers makes up what is missing
         check(not wrong, f"{flag}: weights are missing or unknown: {', '.join(sorted(wrong)):.200}")

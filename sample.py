@@ -1,5 +1,6 @@
 """
-Text from a trained model, drawn token by token.
+Text from a trained model, drawn token by token: with the tokenizer of its corpus for a run of train.py, else with
+GPT-2's.
 
     python sample.py --out_dir=out/demo_baseline                                 # from the run's last checkpoint
     python sample.py --out_dir=out/demo_baseline --start="def " --num_samples=3 --temperature=0.5

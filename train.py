@@ -153,8 +153,8 @@ def compile_model(model, knobs, ranks, n_test_sets):
         try:
             torch.compile(torch.neg)(torch.ones(1, device=knobs.device))
         except Exception as error:  # each of its parts has exceptions of its own
-            what = f"torch.compile does not work here ({str(error).strip().splitlines()[0]:.150})"
-            raise UserError(f"--compile=True: {what}; use --compile=False, or install a C++ compiler") from error
+            what, mend = f"{type(error).__name__}: {error}", "use --compile=False, or install a C++ compiler"
+            raise UserError(f"--compile=True: torch.compile does not work here ({what:.150}); {mend}") from error
     # a graph for every shape: training, scoring, validation, and the last batch of each test set
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 2 * n_test_sets)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, disable=not knobs.compile)
