@@ -224,6 +224,17 @@ def test_ctrl_c_ends_a_run_as_sigterm_does_and_a_second_one_at_once(home, monkey
     same_run("out/stopped", "out/whole")
 
 
+def test_ctrl_c_that_a_shell_has_switched_off_stays_off(home, monkeypatch):  # noqa: F811
+    """As it has for a command in the background."""
+    get_lr, before = train.get_lr, signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(train, "get_lr", lambda it, knobs: signal.raise_signal(signal.SIGINT) or get_lr(it, knobs))
+    try:
+        call(train.main, f"{SCORED} --out_dir=out/x")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert torch.load("out/x/ckpt.pt", weights_only=True)["iter_num"] == 8
+
+
 def test_a_run_does_not_go_back_behind_its_end(home):  # noqa: F811
     call(train.main, f"{SCORED} --out_dir=out/x --lr_decay_iters=16")
     before = {path: path.read_bytes() for path in (home / "out/x").rglob("*") if path.is_file()}
