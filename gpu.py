@@ -121,7 +121,7 @@ def gpu_tests(knobs, report):
                     failed |= {test: line.strip()} if cut or outcome in ("FAILED", "ERROR") else {}
                 summary = re.match(r"(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", line)
                 failed |= {summary.group(1): line.strip()} if summary else {}  # with the reason
-                begun = line.strip() if "::" in line and not ended and not summary else ""
+                begun = "" if ended else line.strip() if re.match(r"\S+::", line) else begun
         timer.cancel()
         if begun:
             failed[begun] = f"KILLED {begun}"

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from data_value import Embedding, LayerNorm, Linear, LossHead
-from support.configurator import UserError
+from support.configurator import UserError, check
 
 # The settings of transformers' configuration that change what its GPT-2 computes, and what this file computes. (Not
 # here: reorder_and_upcast_attn, which has another rounding, and the shape and dropout, which GPTConfig has.)
@@ -162,18 +162,18 @@ class GPT(nn.Module):
             found, _ = GPT2Config.get_config_dict(name)
             allowed = HUGGING_FACE | dict(n_inner=(4 * found.get("n_embd", found.get("hidden_size", 768)),))
             for key, values in allowed.items():
-                if found.get(key) is not None and found[key] not in values:
-                    ours = " or ".join(map(str, values)) or "none"
-                    raise UserError(f"{flag}: its configuration has {key} = {found[key]}, this GPT-2 has {ours}")
-            if os.path.exists(os.path.join(name, "adapter_config.json")):
-                raise UserError(f"{flag}: has an adapter, adapter_config.json; merge it into the weights first")
+                value, ours = found.get(key), " or ".join(map(str, values)) or "none"
+                same = value is None or value in values
+                check(same, f"{flag}: its configuration has {key} = {value}, this GPT-2 has {ours}; give another model")
+            adapter = os.path.exists(os.path.join(name, "adapter_config.json"))
+            check(not adapter, f"{flag}: has an adapter, adapter_config.json; merge it into the weights first")
             source, loaded = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
         except Exception as error:  # damaged files raise all kinds
-            message = str(error).strip().splitlines()[0]
-            raise UserError(f"{flag}: transformers could not load it: {message}") from error
-        wrong = [*loaded["missing_keys"], *(key for key in loaded["unexpected_keys"] if not key.endswith(MASKS))]
-        if wrong:  # transformers makes up what is missing
-            raise UserError(f"{flag}: weights are missing or unknown: {', '.join(sorted(wrong)):.200}")
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{flag}: transformers could not load it ({what:.200})") from error
+        wrong = [key for why in ("missing", "unexpected") for key in loaded[f"{why}_keys"] if not key.endswith(MASKS)]
+        # transformers makes up what is missing
+        check(not wrong, f"{flag}: weights are missing or unknown: {', '.join(sorted(wrong)):.200}")
         c = source.config
         shape = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head)
         model = cls(GPTConfig(**shape, n_embd=c.n_embd, dropout=dropout, bias=True))
@@ -188,12 +188,11 @@ class GPT(nn.Module):
         # nanoGPT's torch.compile leaves a prefix in its checkpoints
         weights = {key.removeprefix("_orig_mod."): t for key, t in weights.items() if not key.endswith(MASKS)}
         ours = self.state_dict()
-        wrong = [key for key in ours.keys() | weights.keys() if key not in ours or key not in weights]
+        wrong = sorted(ours.keys() ^ weights.keys())
         wrong = wrong or [key for key in ours if ours[key].shape != weights[key].shape]
-        if wrong:
-            raise UserError(f"{source}: weights are missing, unknown or of another shape: {', '.join(wrong):.200}")
-        if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
-            raise UserError(f"{source}: its head, lm_head.weight, is not its token embedding, as GPT-2's is")
+        check(not wrong, f"{source}: weights are missing, unknown or of another shape: {', '.join(wrong):.200}")
+        tied = torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+        check(tied, f"{source}: its head, lm_head.weight, is not its token embedding, as GPT-2's is")
         self.load_state_dict(weights)
 
     def crop_block_size(self, block_size):

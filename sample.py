@@ -1,5 +1,6 @@
 """
-Text from a trained model, drawn token by token.
+Text from a trained model, drawn token by token: with the tokenizer of its corpus for a run of train.py, else with
+GPT-2's.
 
     python sample.py --out_dir=out/demo_baseline                                 # from the run's last checkpoint
     python sample.py --out_dir=out/demo_baseline --start="def " --num_samples=3 --temperature=0.5
@@ -15,9 +16,9 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT
-from support.configurator import UserError, configure
+from support.configurator import check, configure
 from support.corpus import get_tokenizer, load_meta
-from support.files import load_torch
+from support.files import load_torch, reading
 from support.processes import check_device
 from support.run_folder import WEIGHTS
 
@@ -39,12 +40,10 @@ class Knobs:
     compile: bool = False
 
     def __post_init__(self):
-        for key in ("num_samples", "max_new_tokens", "top_k", "temperature", "seed"):
-            low, value = 0 if key in ("temperature", "seed") else 1, getattr(self, key)
-            if not low <= value < 2**63:
-                raise UserError(f"--{key}={value}: must be at least {low}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype={self.dtype}: expected float32 or bfloat16")
+        for key, low in dict(num_samples=1, max_new_tokens=1, top_k=1, temperature=0, seed=0).items():
+            value = getattr(self, key)
+            check(low <= value < 2**63, f"--{key}={value}: must be at least {low}")
+        check(self.dtype in ("float32", "bfloat16"), f"--dtype={self.dtype}: expected float32 or bfloat16")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -64,9 +63,9 @@ def load(knobs):
     else:
         model = GPT.from_pretrained(path)
     tokenizer = get_tokenizer(name)
-    if model.config.vocab_size < tokenizer.n_vocab:
-        what = f"its vocabulary of {model.config.vocab_size} is not that of the tokenizer '{name}', {tokenizer.n_vocab}"
-        raise UserError(f"{path}: {what}; only models with GPT-2's tokens or train.py's bytes can be read as text")
+    size = model.config.vocab_size
+    what = f"its vocabulary of {size} is not that of the tokenizer '{name}', {tokenizer.n_vocab}"
+    check(size >= tokenizer.n_vocab, f"{path}: {what}; give a model with GPT-2's tokens or train.py's bytes")
     model.to(knobs.device).eval()
     if knobs.compile:
         model.compile(dynamic=True)
@@ -87,20 +86,13 @@ def generate(model, idx, max_new_tokens, temperature, top_k, vocab_size):
     return idx
 
 
-def read_start(start):
-    """The text of --start."""
-    if not start.startswith("FILE:"):
-        return start
-    try:
-        with open(start.removeprefix("FILE:"), encoding="utf-8") as file:
-            return file.read()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--start={start}: could not be read ({error})") from error
-
-
 def main():
     knobs = configure(Knobs, sys.argv[1:])
-    start = read_start(knobs.start)
+    start = knobs.start
+    if start.startswith("FILE:"):
+        path = start.removeprefix("FILE:")
+        with reading(path, "give another --start"), open(path, encoding="utf-8") as file:
+            start = file.read()
     check_device(knobs.device)
     model, tokenizer = load(knobs)
     ids = tokenizer.encode(start, allowed_special={"<|endoftext|>"}) or [tokenizer.eot_token]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data_value import Directions, choose_kernels, retreat_to_midpoint, validation_gradient
 from model import GPT, GPTConfig
 from support import operators
-from support.configurator import UserError, check_training, configure
+from support.configurator import UserError, check, check_training, configure
 from support.corpus import get_tokenizer
 from support.cost import line_of, step_cost, timed
 from support.processes import how_to_resume, keep_freed_memory, processes, watch_signals, without_traceback
@@ -128,21 +128,19 @@ def make_model(knobs, vocab_size, checkpoint, resumed):
             model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
         found, n = asdict(model.config), model.config.block_size
         other = [f"--{key}={found[key]}" for key in shape if key != "block_size" and found[key] != shape[key]]
-        if other and checkpoint and not resumed:
-            raise UserError(f"--init_from={knobs.init_from}: a model of another shape; use {' '.join(other)}")
-        if knobs.block_size > n:
-            what = f"{knobs.init_from} has {n} positions"
-            raise UserError(f"--block_size={knobs.block_size}: {what}; use --block_size={n}")
+        given = not checkpoint or resumed  # else transformers' folders say it, or the run has said it
+        check(given or not other, f"--init_from={knobs.init_from}: a model of another shape; use {' '.join(other)}")
+        what = f"--block_size={knobs.block_size}: {knobs.init_from} has {n} positions"
+        check(knobs.block_size <= n, f"{what}; use --block_size={n}")
         if knobs.block_size < n:
             model.crop_block_size(knobs.block_size)
         model.to(knobs.device)
     except RuntimeError as error:
         what = f"--n_layer={knobs.n_layer} --n_embd={knobs.n_embd} --init_from={knobs.init_from}"
         raise UserError(f"{what}: there is no making this model here ({str(error).strip():.200})") from error
-    if model.config.vocab_size < vocab_size:
-        found = f"the corpus {knobs.dataset} has {vocab_size} tokens and the model {model.config.vocab_size}"
-        flags = f"--vocab_size={knobs.vocab_size} --init_from={knobs.init_from}"
-        raise UserError(f"{flags}: {found}; use a vocab_size of 0")
+    what = f"the corpus {knobs.dataset} has {vocab_size} tokens and the model {found['vocab_size']}"
+    flags = f"--vocab_size={knobs.vocab_size} --init_from={knobs.init_from}"
+    check(found["vocab_size"] >= vocab_size, f"{flags}: {what}; use a vocab_size of 0")
     return model
 
 
@@ -155,8 +153,8 @@ def compile_model(model, knobs, ranks, n_test_sets):
         try:
             torch.compile(torch.neg)(torch.ones(1, device=knobs.device))
         except Exception as error:  # each of its parts has exceptions of its own
-            what = f"torch.compile does not work here ({str(error).strip().splitlines()[0]:.150})"
-            raise UserError(f"--compile=True: {what}; use --compile=False, or install a C++ compiler") from error
+            what, mend = f"{type(error).__name__}: {error}", "use --compile=False, or install a C++ compiler"
+            raise UserError(f"--compile=True: torch.compile does not work here ({what:.150}); {mend}") from error
     # a graph for every shape: training, scoring, validation, and the last batch of each test set
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 2 * n_test_sets)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, disable=not knobs.compile)
@@ -251,6 +249,7 @@ def train(knobs, ranks, stack):
     betas = (knobs.beta1, knobs.beta2)
     optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas)
     directions = Directions(model, windows.val_sets, knobs) if knobs.score else None
+    net, compiled = compile_model(model, knobs, ranks, len(windows.test_sets))
     iter_num, position = 0, 0
     negative = []  # the share of values below zero, for each iteration since the last printed line
     if folder.resumed:
@@ -261,7 +260,6 @@ def train(knobs, ranks, stack):
             directions.load_state(checkpoint["val_gradients"], params)
         folder.cut_back(checkpoint)
     del checkpoint
-    net, compiled = compile_model(model, knobs, ranks, len(windows.test_sets))
     autocast = torch.autocast(knobs.device.split(":")[0], torch.bfloat16, enabled=knobs.dtype == "bfloat16")
     how = knobs, ranks, autocast
     folder.begin(model, windows.coverage)

@@ -89,13 +89,10 @@ def add_samples(dw, x, dy, direction, running):
 def add_products(sums, a, b, beta=1):
     """sums = beta * sums + a @ b, one product or several, accumulated in the dtype of sums, in place."""
     one = sums.dim() == 2
-    add = sums.addmm_ if one else sums.baddbmm_
-    if a.dtype == sums.dtype:
-        add(a, b, beta=beta)
-    elif sums.is_cuda and sums.dtype == torch.float32:  # only there has a product of bfloat16 a float32 result
+    if a.dtype != sums.dtype == torch.float32 and sums.is_cuda:  # only there has a product of bfloat16 a float32 result
         (torch.addmm if one else torch.baddbmm)(sums, a, b, out_dtype=sums.dtype, beta=beta, out=sums)
     else:
-        add(a.to(sums.dtype), b.to(sums.dtype), beta=beta)
+        (sums.addmm_ if one else sums.baddbmm_)(a.to(sums.dtype), b.to(sums.dtype), beta=beta)
 
 
 # Logits that may exist at a time, or 512 tokens' where that is more: a slice reads the weight twice, and reads and

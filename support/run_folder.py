@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.configurator import REMOVED, UserError
+from support.configurator import REMOVED, UserError, check
 from support.files import atomic_write, load_torch, lock, writing
 from support.values import log_files, read_log, write_log
 
@@ -46,21 +46,21 @@ class RunFolder:
         self.resumed = knobs.init_from == "resume"
         self.entries = []  # the dot products since the last checkpoint, left on the device
         self.metrics, self.wandb, self.wandb_id = None, None, None
-        if ranks.rank == 0 and os.path.exists(self.metrics_path):
+        if ranks.rank == 0 and (os.path.exists(self.metrics_path) or os.path.exists(self.ckpt_path)):
             self._open()
 
     def _open(self):
         try:
             os.makedirs(self.path, exist_ok=True)
             self.metrics = self.stack.enter_context(open(self.metrics_path, "ab", buffering=0))  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"--out_dir={self.path}: {self.metrics_path}: {error.strerror}") from error
+        except (OSError, UnicodeError) as error:  # the latter where the system's file names are ASCII
+            what = getattr(error, "strerror", error)
+            raise UserError(f"--out_dir={self.path}: {self.metrics_path}: {what}; choose another folder") from error
         lock(self.metrics, self.path)
         # Nothing is in the metrics before the first checkpoint: without either, a run was killed before it began.
         begun = os.path.exists(self.ckpt_path) or os.path.getsize(self.metrics_path) or log_files(self.path)
-        if begun and not self.resumed:
-            mend = "go on with --init_from=resume or choose another --out_dir"
-            raise UserError(f"{self.path}: holds a run already; {mend}")
+        mend = "go on with --init_from=resume or choose another --out_dir"
+        check(self.resumed or not begun, f"{self.path}: holds a run already; {mend}")
 
     def checkpoint(self):
         """
@@ -73,28 +73,25 @@ class RunFolder:
             return load_torch(knobs.init_from, WEIGHTS, "give another --init_from") if is_file else None
         mend = "start the run with --init_from=scratch, in another --out_dir if this one holds one"
         found = load_torch(self.ckpt_path, CHECKPOINT, mend)
-        if found.get("format", 0) > FORMAT:
-            mend = "resume it with the code that wrote it"
-            raise UserError(f"{self.ckpt_path}: its format is {found['format']}, this code knows {FORMAT}; {mend}")
-        if found["iter_num"] > knobs.max_iters:
-            what = f"{self.ckpt_path} has {found['iter_num']} iterations already"
-            raise UserError(f"--max_iters={knobs.max_iters}: {what}; go on with a larger one")
+        newer = f"{self.ckpt_path}: its format is {found.get('format', 0)}, this code knows {FORMAT}"
+        check(found.get("format", 0) <= FORMAT, f"{newer}; resume it with the code that wrote it")
+        what = f"{self.ckpt_path} has {found['iter_num']} iterations already; go on with a larger one"
+        check(found["iter_num"] <= knobs.max_iters, f"--max_iters={knobs.max_iters}: {what}")
         then, now = found["knobs"], asdict(knobs)
         for key, (default, why) in REMOVED.items():
-            if then.get(key, default) != default:
-                raise UserError(f"{self.ckpt_path}: its run has {key} = {then[key]}, a knob that is gone: {why}")
+            value = then.get(key, default)
+            check(value == default, f"{self.ckpt_path}: its run has {key} = {value}, a knob that is gone: {why}")
         if list(found["val_sets"]) == list(self.identity["val_sets"]):  # the same names, as 'other/' and 'other' are
             now["val_sets"] = then["val_sets"]
         other = [key for key in now if key not in FREE_KNOBS and then.get(key) != now[key]]
-        if other:
-            theirs, ours = (" ".join(f"--{key}={knobs.get(key)}" for key in other) for knobs in (then, now))
-            raise UserError(f"{ours}: the run of {self.ckpt_path} has others; resume with {theirs}")
+        theirs, ours = (" ".join(f"--{key}={knobs.get(key)}" for key in other) for knobs in (then, now))
+        check(not other, f"{ours}: the run of {self.ckpt_path} has others; resume with {theirs}")
         same = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"))
         same["order"] = "filter_from", "windows"
         for key, (flag, what) in same.items():
-            if found[key] != self.identity[key]:
-                mend = "bring the old ones back, or train anew in another --out_dir"
-                raise UserError(f"--{flag}={now[flag]}: not the {what} that {self.ckpt_path} began with; {mend}")
+            mend = "bring the old ones back, or train anew in another --out_dir"
+            what = f"--{flag}={now[flag]}: not the {what} that {self.ckpt_path} began with; {mend}"
+            check(found[key] == self.identity[key], what)
         knobs.init_from = then["init_from"]  # what config.json shall go on saying
         self.wandb_id = found.get("wandb_id")
         return found
@@ -108,9 +105,8 @@ class RunFolder:
         if self.ranks.rank > 0:
             return
         found, said = os.path.getsize(self.metrics_path), checkpoint["metrics_bytes"]
-        if found < said:
-            what = f"truncated, {found:,} bytes of {said:,}"
-            raise UserError(f"{self.metrics_path}: {what}; train anew in another --out_dir")
+        what = f"{self.metrics_path}: truncated, {found:,} bytes of {said:,}"
+        check(found >= said, f"{what}; train anew in another --out_dir")
         os.truncate(self.metrics_path, said)
         iter_num, folder = checkpoint["iter_num"], Path(self.path)
         later = [Path(path) for n, path in log_files(self.path).items() if n > iter_num]
@@ -119,8 +115,8 @@ class RunFolder:
             path.unlink()
         if self.knobs.score and iter_num:  # damage is better known now than at the end
             reached = int(read_log(self.path)["iter"][-1]) + 1
-            if reached != iter_num:
-                raise UserError(f"{self.path}/dot_prod: ends at iteration {reached}, {self.ckpt_path} at {iter_num}")
+            what = f"{self.path}/dot_prod: ends at iteration {reached}, {self.ckpt_path} at {iter_num}"
+            check(reached == iter_num, what)
 
     def begin(self, model, coverage):
         """Make the folder, begin its run at W&B or go on with it, and write config.json: all it takes to repeat it."""

@@ -175,7 +175,7 @@ def open_sets(knobs, meta, names, split, seed, stream):
     """
     sets, T, B = {}, knobs.block_size, knobs.batch_size * knobs.gradient_accumulation_steps
     needed = dict(train=B, val=knobs.val_windows or knobs.val_batch_size, test=1)[split]
-    smaller = dict(train="--batch_size, ", val="--val_batch_size, --val_windows, ", test="")[split]
+    smaller = dict(train="--batch_size, --gradient_accumulation_steps, ", val="--val_batch_size, --val_windows, ")
     for name in names:
         own = os.path.join(knobs.data_dir, knobs.dataset), meta
         folder, theirs = own if name in ("all", *meta["domains"]) else other_corpus(knobs, meta, name)
@@ -186,7 +186,7 @@ def open_sets(knobs, meta, names, split, seed, stream):
             ids = np.flatnonzero(domains == meta["domains"].index(name))
         order = WindowOrder(n, seed, stream, ids)
         found = f"{tokens.path}: '{name}' has {order.n} windows of {T} tokens, and {needed} are needed"
-        check(order.n >= needed, f"{found}; lower {smaller}--block_size, or prepare a larger corpus")
+        check(order.n >= needed, f"{found}; lower {smaller.get(split, '')}--block_size, or prepare a larger corpus")
         if split == "val" and knobs.val_windows:
             order = WindowOrder(needed, seed, stream, order.take(0, needed)[0])
         sets[name] = tokens, order, theirs["fingerprint"]

@@ -244,15 +244,39 @@ def test_every_part_of_the_budget_has_its_place_beside_what_is_measured():
     assert sorted([*on_paper, "loader"]) == sorted(budget.PARTS)
 
 
-def test_tests_that_the_limit_leaves_out_are_named(tmp_path):
-    """The first one takes the time that there is."""
-    for name in ("conftest.py",):
-        shutil.copy(f"{ROOT}/tests/{name}", tmp_path)
-    code = "import time\n\ndef test_first():\n    time.sleep(2.1)\n\ndef test_second():\n    pass\n"
-    (tmp_path / "test_slow.py").write_text(code)
-    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", f"--until={time.time() + 2}"]
-    run = subprocess.run([*command, "test_slow.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert re.search("test_second SKIPPED .out of time", run.stdout), run.stdout
+GPU_TESTS = """
+import os, time, pytest, torch
+pytestmark, torch.cuda.is_available = pytest.mark.gpu, lambda: True
+
+def test_passes(): pass
+def test_fails(): assert os.name == "a GPU"
+def test_dies(): {dies}
+def test_late(): time.time = lambda: float("inf")
+@pytest.mark.parametrize("tile", ["128x256, 8 warps"])
+def test_cut(tile): pass
+"""
+
+
+@pytest.mark.parametrize("dies", ["pass", "os.abort()"])
+def test_every_test_that_failed_was_cut_or_killed_is_named(tmp_path, monkeypatch, dies):
+    (tmp_path / "tests").mkdir()
+    shutil.copy(f"{ROOT}/tests/conftest.py", tmp_path / "tests")
+    (tmp_path / "tests" / "test_a.py").write_text(GPU_TESTS.format(dies=dies))
+    monkeypatch.setattr(gpu, "ROOT", str(tmp_path))
+    rows = []
+    with pytest.raises(AssertionError, match="test_a.py"):
+        gpu.gpu_tests(SimpleNamespace(seconds=1000.0, cuda=False), lambda **figures: rows.append(figures))
+    *named, counts = rows
+    if dies == "pass":
+        assert counts == dict(tests="test_a.py", limit_s=1000.0, PASSED=3, FAILED=1, CUT=1)
+        failed, cut = (row["test"] for row in named)
+        assert failed.startswith("FAILED tests/test_a.py::test_fails - ") and "a GPU" in failed
+        assert cut.startswith("tests/test_a.py::test_cut[128x256, 8 warps] SKIPPED (out of time)")
+    else:
+        assert counts == dict(tests="test_a.py", limit_s=1000.0, PASSED=1, FAILED=1)
+        failed, killed = (row["test"] for row in named)
+        assert failed.startswith("tests/test_a.py::test_fails FAILED")
+        assert killed == "KILLED tests/test_a.py::test_dies Fatal Python error: Aborted"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

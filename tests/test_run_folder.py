@@ -81,9 +81,10 @@ def run_script(folder, argv, before, pipes):
     os.chdir(folder)
     for number, pipe in enumerate(pipes, 1):
         os.dup2(os.open(pipe, os.O_WRONLY), number)
-    sys.stdout.reconfigure(line_buffering=True)
+    # a new one: that of the first process may have been a file, in which one can seek
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.argv = ["train.py", *argv]
-    exec(before)
+    exec(before, {})
     train.main()
 
 
@@ -221,6 +222,17 @@ def test_ctrl_c_ends_a_run_as_sigterm_does_and_a_second_one_at_once(home, monkey
     call(train.main, f"{SCORED} --out_dir=out/stopped --init_from=resume")
     call(train.main, f"{SCORED} --out_dir=out/whole")
     same_run("out/stopped", "out/whole")
+
+
+def test_ctrl_c_that_a_shell_has_switched_off_stays_off(home, monkeypatch):  # noqa: F811
+    """As it has for a command in the background."""
+    get_lr, before = train.get_lr, signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(train, "get_lr", lambda it, knobs: signal.raise_signal(signal.SIGINT) or get_lr(it, knobs))
+    try:
+        call(train.main, f"{SCORED} --out_dir=out/x")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert torch.load("out/x/ckpt.pt", weights_only=True)["iter_num"] == 8
 
 
 def test_a_run_does_not_go_back_behind_its_end(home):  # noqa: F811
