@@ -136,9 +136,10 @@ def gpu_tests(knobs, report):
         with open(path, encoding="utf-8") as file:
             paths += [os.path.relpath(path, ROOT)] if "pytest.mark.gpu" in file.read() else []
     # A process for each file, since after an illegal access, say, nothing works any more on the GPU in its process, and
-    # two for kernels, which take long to compile.
-    halves = ["-k", "float32"], ["-k", "not float32"]
-    groups = [[path, *half] for path in paths for half in (halves if "kernels" in path else [[]])]
+    # three for kernels, which take a second or two each to compile.
+    words = "float32", "descriptors and not float32", "not descriptors and not float32"
+    groups = [[path, "-k", word] for path in paths if "kernels" in path for word in words]
+    groups += [[path] for path in paths if "kernels" not in path]
     groups = groups if knobs.cuda else [paths]
     with ThreadPoolExecutor(len(groups)) as pool:
         codes = list(pool.map(run, groups))
