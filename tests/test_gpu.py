@@ -120,7 +120,7 @@ def test_the_rehearsal_runs_every_stage_and_executes_almost_every_line(tmp_path)
     assert set(last) == {"val_batch_size", "overhead", "total", "plain_over_stock", "val_over_plain"}
     for stage in results.values():
         assert f"## {stage['stage']}. {stage['what']}" in text and stage["figures"]
-    assert re.search(r"\| torch \|", text) and torch.__version__ in text
+    assert re.search(r"\| torch \|", text) and torch.__version__.partition("+")[0] in text
 
     files = os.listdir(f"{tmp_path}/out")
     assert set(files) == {"gpu.json", "gpu.md", "log.txt", "gpt2.json", "gpt2.png", "gpt2_values.npz"}
