@@ -248,7 +248,8 @@ def steps(knobs, report):
             rounds = [bench.ratios(*round_) for round_ in zip(*arms_of_m, strict=True)]
             medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             known = {key: ratio for key, ratio in medians.items() if not math.isnan(ratio)}
-            report(val_batch_size=m, **known)
+            if known:
+                report(val_batch_size=m, **known)
 
 
 def figure2(knobs, report):

@@ -51,9 +51,10 @@ def shown(value):
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-LEGEND = """Times are milliseconds: of an arm's step the median of the rounds, of a kernel or a part its sum in one more step
-under torch.profiler. `first_s` is the first step with its compilation, `peak_mb` what the arm alone needs. `budget_ms`
-is what `python bench.py --budget` expects of the GPU that is named beside it. `None` is what is not known."""
+LEGEND = """`ms` are milliseconds: of an arm's step the median of the rounds, of a kernel or a part its sum in one more
+step under torch.profiler. `first_s` are the seconds of the first step, with its compilation; `peak_mb` is what the arm
+alone needs; `budget_ms` is what `python bench.py --budget` expects of the GPU that is named beside it. `None`: not
+known."""
 
 
 def markdown(stages):
