@@ -136,9 +136,10 @@ def gpu_tests(knobs, report):
         with open(path, encoding="utf-8") as file:
             paths += [os.path.relpath(path, ROOT)] if "pytest.mark.gpu" in file.read() else []
     # A process for each file, since after an illegal access, say, nothing works any more on the GPU in its process, and
-    # two for kernels, which take long to compile.
-    halves = ["-k", "float32"], ["-k", "not float32"]
-    groups = [[path, *half] for path in paths for half in (halves if "kernels" in path else [[]])]
+    # three for kernels, which take a second or two each to compile.
+    words = "float32", "descriptors and not float32", "not descriptors and not float32"
+    groups = [[path, "-k", word] for path in paths if "kernels" in path for word in words]
+    groups += [[path] for path in paths if "kernels" not in path]
     groups = groups if knobs.cuda else [paths]
     with ThreadPoolExecutor(len(groups)) as pool:
         codes = list(pool.map(run, groups))
@@ -248,7 +249,8 @@ def steps(knobs, report):
             rounds = [bench.ratios(*round_) for round_ in zip(*arms_of_m, strict=True)]
             medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             known = {key: ratio for key, ratio in medians.items() if not math.isnan(ratio)}
-            report(val_batch_size=m, **known)
+            if known:
+                report(val_batch_size=m, **known)
 
 
 def figure2(knobs, report):

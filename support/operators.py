@@ -161,14 +161,15 @@ def head_loss(
 @torch.library.register_fake("data_value::head_loss")
 def head_results(x, weight, targets, direction, backward):
     """
-    Room for the loss and for the gradients of x, weight and alpha, which are empty where there is no backward. Where
-    the kernel of rows runs, dx has the dtype of x, and so has the dw of a plain step in one slice: autocast rounds the
-    gradients of every other product so.
+    Room for the loss and for the gradients of x, weight and alpha, none of these without backward. Where the kernel of
+    rows runs, dx is rounded to the dtype of x, as autocast rounds such products, and so is dw of a plain step in one
+    slice.
     """
     B, T, _ = x.shape
     K = 0 if direction is None else len(direction)
-    full, fused = torch.promote_types(x.dtype, torch.float32), row_kernels.runs_on(x)
-    whole = K == 0 and head_slice(B, T, len(weight), x.device.type, x.dtype) == (B, T)
-    dtypes = full, x.dtype if fused else full, x.dtype if fused and whole else full, full
+    full = torch.promote_types(x.dtype, torch.float32)
+    rounded = x.dtype if row_kernels.runs_on(x) else full
+    one_slice = head_slice(B, T, len(weight), x.device.type, x.dtype) == (B, T)
+    dtypes = full, rounded, rounded if K == 0 and one_slice else full, full
     shapes = ((), x.shape, weight.shape, (B, K)) if backward else ((), (0,), (0,), (0,))
     return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))

@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 # called after the operators that they fuse. On a CPU operators take the place of kernels.
 PARTS = {
     "attention": (["attention"], "attention|flash|sdpa|fmha"),
-    "dW": (["dW", "head dW", "direction tile"], "pointers_kernel|descriptors_kernel|add_and_dot_kernel"),
+    "dW": (["dW", "head dW", "direction tile"], "pointers_kernel|descriptors_kernel|add_and_dot_kernel|linear_grad"),
     "forward, dX": (["forward", "dX"], None),  # these two products are told apart from dW by their shapes
     "head products": (["head products"], None),
     "products": ([], r"gemm|gemv|nvjet|cutlass|cublas|splitk|aten::\w*mm"),  # which of them is not known
-    "head softmax": (["head softmax"], "cross_entropy|softmax|nll_loss"),
+    "head softmax": (["head softmax"], "cross_entropy|softmax|nll_loss|head_loss"),
     "embeddings": (["embeddings"], "embedding|index_select"),
-    "layer norms": (["layer norms"], "layer_norm"),
+    "layer norms": (["layer norms"], "layer_?norm"),
     "AdamW": (["AdamW"], "adam"),
     "direction": (["direction"], "triton.*sqrt"),
     "casts, pointwise": (["casts", "pointwise"], "triton|gelu"),

@@ -51,9 +51,15 @@ def shown(value):
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
+LEGEND = """`ms` are milliseconds: of an arm's step the median of the rounds, of a kernel or a part its sum in one more
+step under torch.profiler. `first_s` are the seconds of the first step, with its compilation; `peak_mb` is what the arm
+alone needs; `budget_ms` is what `python bench.py --budget` expects of the GPU that is named beside it. `None`: not
+known."""
+
+
 def markdown(stages):
     """gpu.md: of each stage how it ended, a table for each kind of figures, and the last lines of a failure."""
-    lines = ["# What `make gpu` measured"]
+    lines = ["# What `make gpu` measured", "", LEGEND]
     for stage in stages:
         lines += ["", f"## {stage['stage']}. {stage['what']}", "", f"{stage['status']}, {stage['seconds']:.0f} s"]
         columns = None

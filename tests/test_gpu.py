@@ -72,7 +72,7 @@ def test_a_scored_step_is_that_of_the_cpu_in_float32(monkeypatch, tmp_path, devi
 def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(home, monkeypatch, device):  # noqa: F811
     flags = f"{SCORED} --checkpoint_interval=2 --max_iters=60 --learning_rate=1e-3 --device={device}"
     monkeypatch.setattr(kernels, "candidates", lambda *_: [kernels.PLAIN])  # nothing has to be compiled
-    plain = "from support import kernels; kernels.candidates = lambda *_: [kernels.PLAIN]"
+    plain = "from support import kernels as k; k.candidates = lambda *_, plain=k.PLAIN: [plain]"
     run = start(f"{flags} --out_dir=out/killed", plain)
     wait_for_training(run)
     while not os.path.exists("out/killed/dot_prod"):  # the first checkpoint behind a step
@@ -120,7 +120,7 @@ def test_the_rehearsal_runs_every_stage_and_executes_almost_every_line(tmp_path)
     assert set(last) == {"val_batch_size", "overhead", "total", "plain_over_stock", "val_over_plain"}
     for stage in results.values():
         assert f"## {stage['stage']}. {stage['what']}" in text and stage["figures"]
-    assert re.search(r"\| torch \|", text) and torch.__version__ in text
+    assert re.search(r"\| torch \|", text) and torch.__version__.partition("+")[0] in text
 
     files = os.listdir(f"{tmp_path}/out")
     assert set(files) == {"gpu.json", "gpu.md", "log.txt", "gpt2.json", "gpt2.png", "gpt2_values.npz"}
