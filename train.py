@@ -309,7 +309,7 @@ def train(knobs, ranks, stack):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # the directions: validation windows of this iteration's own, before the batch is seen
+        # the directions, from this iteration's own validation windows: nothing of `fresh` is computed before update()
         fresh = validation_gradients(compiled, windows, iter_num, *how)
         if knobs.score and knobs.value_order == 1:
             val_loss, val_ms = timed(partial(directions.update, fresh, iter_num), knobs.device, report)
@@ -318,11 +318,11 @@ def train(knobs, ranks, stack):
         # forward and backward; the gradient of alpha is the dot products
         position, ids, micro = next(batches)
         mean_loss, dots = 0.0, []
-        for step, micro_windows in micro:
+        for micro_step, batch in micro:
             if ranks.world > 1:
-                net.require_backward_grad_sync = step == micro[-1][0]  # DDP averages once
+                net.require_backward_grad_sync = micro_step == micro[-1][0]  # DDP averages once
             alpha = directions.alpha(knobs.batch_size) if knobs.score and knobs.value_order == 1 else None
-            loss = forward(net, micro_windows, alpha, (knobs.seed, iter_num, step), knobs, autocast) / micro_steps
+            loss = forward(net, batch, alpha, (knobs.seed, iter_num, micro_step), knobs, autocast) / micro_steps
             loss.backward()
             mean_loss = mean_loss + loss.detach()
             if alpha is not None:
@@ -340,18 +340,18 @@ def train(knobs, ranks, stack):
 
         # to second order: the directions at the step's midpoint, and the batch once more where the step began
         if knobs.score and knobs.value_order == 2:
-            stepped = [p.detach().clone() for p in params]
+            theta_next = [p.detach().clone() for p in params]
             retreat_to_midpoint(optimizer)
             val_loss, val_ms = timed(partial(directions.update, fresh, iter_num), knobs.device, report)
             directions.fill(optimizer, stepped=True)
             with torch.no_grad():
                 torch._foreach_copy_(params, theta)
-            for step, micro_windows in micro:
+            for micro_step, batch in micro:
                 alpha = directions.alpha(knobs.batch_size)
-                loss = forward(compiled, micro_windows, alpha, (knobs.seed, iter_num, step), knobs, autocast)
+                loss = forward(compiled, batch, alpha, (knobs.seed, iter_num, micro_step), knobs, autocast)
                 dots.append(torch.autograd.grad(loss / micro_steps, alpha)[0] * (knobs.batch_size * micro_steps))
             with torch.no_grad():
-                torch._foreach_copy_(params, stepped)
+                torch._foreach_copy_(params, theta_next)
             watch.note(iter_num, ids, mean_loss, norm, val_loss, torch.cat(dots).sum())
         optimizer.zero_grad(set_to_none=True)
         if knobs.score:
