@@ -8,7 +8,6 @@ import csv
 import glob
 import gzip
 import io
-import itertools
 import json
 import lzma
 import os
@@ -34,14 +33,13 @@ def documents_of(knobs):
     The documents of knobs.source: of the embedded corpus, of files or of the library `datasets`. Raises UserError
     naming the file that cannot be read or lacks a field.
     """
-    if knobs.source == "python":
-        yield from python_documents()
-        return
     paths = paths_of(knobs)
     plain = knobs.split_documents == "file" or any(kind_of(path)[0] in PLAIN for path in paths)
     check(plain, f"--split_documents={knobs.split_documents}: {knobs.source} is no plain text; leave it out")
     check(not (knobs.config and paths), f"--config={knobs.config}: {knobs.source} has no configurations; leave it out")
-    if not paths:
+    if knobs.source == "python":
+        yield from python_documents()
+    elif not paths:
         yield from row_documents(hub_rows(knobs), knobs.source, knobs)
     for path in paths:
         try:
@@ -52,15 +50,13 @@ def documents_of(knobs):
 
 def paths_of(knobs):
     """The files that knobs.source names; none of the embedded corpus and of data sets for the library `datasets`."""
-    if knobs.source == "python":
+    source, paths, exists = knobs.source, [], os.path.exists(knobs.source)
+    hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and kind_of(source)[0] not in KINDS
+    if source == "python" or (hub_id and not exists):
         return []
-    paths = []
-    for part in [knobs.source] if os.path.exists(knobs.source) else knobs.source.split(","):
+    for part in [source] if exists else source.split(","):
         found = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
-        if not found:
-            if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", knobs.source) and kind_of(part)[0] not in KINDS:
-                return []
-            raise UserError(f"--source={part}: no such file")
+        check(found, f"--source={part}: no such file")
         for path in found:
             below = [path]
             if os.path.isdir(path):
@@ -87,21 +83,19 @@ def file_documents(path, knobs):
     if kind == ".parquet":
         yield from row_documents(parquet_rows(path, knobs), path, knobs)
         return
-    with io.TextIOWrapper(opened(path, packed), encoding="utf-8-sig", newline="") as file:
+    if packed == ".zst":
+        import pyarrow  # comes with `datasets`
+
+        raw = pyarrow.input_stream(path, compression="zstd")
+    else:
+        raw = {"": open, ".gz": gzip.open, ".xz": lzma.open}[packed](path, "rb")
+    with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         if kind in PLAIN:
             yield from plain_documents(file, MARKS[knobs.split_documents])
         else:
             csv.field_size_limit(2**31 - 1)
             rows = csv.DictReader(file, restkey="", strict=True) if kind == ".csv" else json_rows(file)
             yield from row_documents(rows, path, knobs)
-
-
-def opened(path, packed):
-    if packed == ".zst":
-        import pyarrow  # comes with `datasets`
-
-        return pyarrow.input_stream(path, compression="zstd")
-    return {"": open, ".gz": gzip.open, ".xz": lzma.open}[packed](path, "rb")
 
 
 def plain_documents(file, marks, characters=2**18):
@@ -142,8 +136,7 @@ def row_documents(rows, where, knobs):
                 missing = not isinstance(value, dict) or part not in value
                 if missing and value is not None and (i == 1 or flag == "text_field"):
                     names = ", ".join(value) if isinstance(value, dict) else "none"
-                    what = f"{where}, row {i:,} has no such field; there are: {names:.500}"
-                    raise UserError(f"--{flag}={field}: {what}")
+                    raise UserError(f"--{flag}={field}: {where}, row {i:,} has no such field; there are: {names:.500}")
                 value = None if missing else value[part]
             found[flag] = value
         text, domain = found["text_field"], found.get("domain_field", "all")
@@ -170,10 +163,9 @@ def json_rows(file):
             yield from json.loads(line + file.read())
         elif not line.isspace():
             try:
-                row = json.loads(line)
+                yield json.loads(line)
             except ValueError as error:
                 raise ValueError(f"line {i:,}: {error}") from error
-            yield row
 
 
 def hub_rows(knobs):
@@ -197,44 +189,35 @@ def hub_rows(knobs):
         what = f"{type(cause).__name__}: {cause}"
         if "Traceback" in what:  # of one of the num_proc processes: its first error is the cause of the others
             what = re.search(r"^[\w.]*(?:Error|Exception)\b.*|\Z", what, re.MULTILINE)[0]
-        if re.search("[Nn]o space|disk space|[Qq]uota", what):
-            mend = "name another folder there, or take the beginning of the data set with --max_tokens"
-            home = datasets.config.HF_CACHE_HOME
-            raise UserError(f"HF_HOME={home}: has too little room for {knobs.source} ({what}); {mend}") from error
+        home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         mends = {
+            "[Nn]o space|disk space|[Qq]uota": f"; HF_HOME={home} is full: name another folder, or try --max_tokens",
             "Config name|BuilderConfig": "; choose one with --config=<name>",
             "column|CastError|JSON parse": "; download its files, which --source='<folder>/*.jsonl' reads row by row",
         }
         mend = next((mend for found, mend in mends.items() if re.search(found, what)), "")
-        what = f"could not be read as text by the library datasets ({what})"
+        what = f"could not be read by the library datasets ({what})"
         raise UserError(f"--source={knobs.source}: {what}{mend}") from error
 
 
 def python_documents():
     """
     The running Python's standard library without its tests: the sources, and pydoc's topics, each text once. The domain
-    of a file is its package where that has at least 20 files, 'packages' for the smaller ones, and 'modules' for the
-    files that are in none.
+    of a file is its package, 'modules' where it is in none, or 'packages' where that has fewer than 20 files.
     """
     from pydoc_data.topics import topics
 
-    root, skipped = sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    paths = []
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+    root, paths, documents = sysconfig.get_path("stdlib"), [], {}
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - skipped - {"pydoc_data", "__pycache__"})
-        paths += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(names) if name.endswith(".py")]
-    package = {path: os.path.dirname(path).split(os.sep)[0] for path in paths}
-    files = Counter(package.values())
-
-    def sources():
-        for path in paths:
-            # what is not UTF-8 becomes lone surrogates, which `encode` replaces and counts
-            with open(os.path.join(root, path), encoding="utf-8", errors="surrogateescape") as file:
-                domain = package[path] if files[package[path]] >= 20 else "packages"
-                yield file.read(), domain if package[path] else "modules"
-
-    seen = {""}  # the library has empty files and a few twins
-    for text, domain in itertools.chain(sources(), ((topics[name], "topics") for name in sorted(topics))):
-        if text not in seen:
-            seen.add(text)
-            yield text, domain
+        subfolders[:] = sorted(set(subfolders) - skipped)
+        paths += [pathlib.Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+    package = [[*path.relative_to(root).parts[:-1], "modules"][0] for path in paths]
+    files = Counter(package)
+    for path, domain in zip(paths, package, strict=True):
+        # what is not UTF-8 becomes lone surrogates, which `encode` replaces and counts
+        text = path.read_text("utf-8", "surrogateescape")
+        documents.setdefault(text, domain if files[domain] >= 20 else "packages")
+    for name in sorted(topics):
+        documents.setdefault(topics[name], "topics")
+    return [(text, domain) for text, domain in documents.items() if text]

@@ -342,7 +342,7 @@ def test_a_full_disk_under_hf_home_is_named(cause, monkeypatch):
         raise datasets.exceptions.DatasetGenerationError("An error occurred") from raised
 
     monkeypatch.setattr(datasets, "load_dataset", full)
-    message = r"HF_HOME=.*: has too little room for some/set \(OSError: [^)]*space[^)]*\); .*--max_tokens"
+    message = r"--source=some/set: .* \(OSError: [^)]*space[^)]*\); HF_HOME=.* is full: .*--max_tokens"
     with pytest.raises(SystemExit, match=message) as error:
         read("some/set")
     assert "Traceback" not in str(error.value)
