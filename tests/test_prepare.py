@@ -384,7 +384,7 @@ def test_readers_name_what_is_wrong(jsonl, tmp_path, monkeypatch):
     folder = tmp_path / "texts"
     meta = load_meta(str(folder))
     (folder / "train.bin").write_bytes(b"\0" * 10)
-    with pytest.raises(SystemExit, match="train.bin: truncated or of another corpus: 10 bytes"):
+    with pytest.raises(SystemExit, match="train.bin: missing, truncated or of another corpus: 10 bytes"):
         open_split(str(folder), "train", meta)
     (folder / "train_docs.npy").write_bytes(b"")
     with pytest.raises(SystemExit, match="train_docs.npy: missing, damaged"):
@@ -396,8 +396,8 @@ def test_readers_name_what_is_wrong(jsonl, tmp_path, monkeypatch):
         (signed(meta | {"vocab_size": "a"}), "vocab_size = 'a', expected int"),
         (signed(meta | {"eot_token": True}), "eot_token = True, expected int"),
         (signed({key: meta[key] for key in meta if key != "fingerprint"}), ".KeyError: 'fingerprint'"),
-        (signed(meta | {"splits": {"train": {}}}), "of another version .KeyError"),
-        (signed(meta | {"splits": []}), "of another version .TypeError"),
+        (signed(meta | {"splits": {"train": {}}}), "not written by this script .KeyError"),
+        (signed(meta | {"splits": []}), "not written by this script .TypeError"),
     ):
         (folder / "meta.json").write_text(text)
         with pytest.raises(SystemExit, match=message):
@@ -572,7 +572,7 @@ def test_what_is_wrong_with_a_corpus_of_nanogpt_is_named(nanogpt, tmp_path, monk
     folder, _, _ = nanogpt
     flags = [f"--source={folder}", "--tokenizer=bytes", f"--data_dir={tmp_path}/data"]
     command = f"python prepare_owt.py --source={folder} --name=owt_with_test --data_dir={tmp_path}/nano"
-    with pytest.raises(SystemExit, match=f"meta.json: no such file, as in nanoGPT; take it over with {command}"):
+    with pytest.raises(SystemExit, match=f"meta.json: no such file; take nanoGPT's corpus over with {command}"):
         load_meta(str(folder))
     before = {name: digest(folder / name) for name in os.listdir(folder)}
     for more, message in (
