@@ -79,7 +79,8 @@ def check_file(path, sha256):
 
 def mapped(path, dtype):
     """The numbers of a file, mapped and not read."""
-    return np.memmap(path, dtype=dtype, mode="r") if os.path.getsize(path) else np.empty(0, dtype)
+    n = os.path.getsize(path) // np.dtype(dtype).itemsize
+    return np.memmap(path, dtype, "r", shape=(n,)) if n else np.empty(0, dtype)
 
 
 class Tokens:

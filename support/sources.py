@@ -13,7 +13,6 @@ import lzma
 import os
 import pathlib
 import re
-import sys
 import sysconfig
 from collections import Counter
 
@@ -58,16 +57,14 @@ def paths_of(knobs):
         found = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
         check(found, f"--source={part}: no such file")
         for path in found:
-            below = [path]
-            if os.path.isdir(path):
-                card = pathlib.Path(path, "README.md")
-                if knobs.config or (card.is_file() and "\nconfigs:\n" in card.read_text("utf-8", "replace")):
-                    return []  # it describes configurations, as the hub's data sets do
-                below = sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))
-                below = [name for name in below if kind_of(name)[0] in KINDS and os.path.isfile(name)]
-            readable = below and kind_of(below[0])[0] in KINDS
-            check(readable, f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
-            paths += below
+            card = pathlib.Path(path, "README.md")
+            described = card.is_file() and "\nconfigs:\n" in card.read_text("utf-8", "replace")
+            if described or (knobs.config and os.path.isdir(path)):
+                return []  # it has configurations, as the hub's data sets do
+            files = [path, *sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))]
+            files = [name for name in files if kind_of(name)[0] in KINDS and os.path.isfile(name)]
+            check(files, f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
+            paths += files
     return list(dict.fromkeys(paths))
 
 
@@ -100,9 +97,8 @@ def file_documents(path, knobs):
 
 def plain_documents(file, marks, characters=2**18):
     """
-    The documents of a plain text, the domain 'all'. `marks` is a pattern of what stands between two of them, None where
-    the file is one. A document of more than `characters` comes in pieces, cut before a space, or anywhere in a text
-    without spaces, where GPT-2's tokens at the cut may be others than those of the whole.
+    The documents of a plain text, of the domain 'all', that the pattern `marks` parts; None: the file is one. One of
+    more than `characters` comes in pieces, cut before a space; in a text without, GPT-2's tokens may differ at the cut.
     """
     text, domain = "", "all"
     while more := file.read(characters):
@@ -124,8 +120,8 @@ def plain_documents(file, marks, characters=2**18):
 
 def row_documents(rows, where, knobs):
     """
-    The documents of rows, dicts that may hold dicts. No text is an empty one, no domain is 'none'. Raises UserError
-    where a row has no text field, where it holds no text, and where the first row has no domain field.
+    The documents of rows, dicts that may hold dicts; a null is the text '' or the domain 'none'. Raises UserError where
+    a row has no text field, or other than text there, and where the first has no domain field.
     """
     fields = dict(text_field=knobs.text_field) | (dict(domain_field=knobs.domain_field) if knobs.domain_field else {})
     for i, row in enumerate(rows, 1):
@@ -150,9 +146,8 @@ def parquet_rows(path, knobs):
 
     with parquet.ParquetFile(path, memory_map=True) as file:
         columns = {knobs.text_field, knobs.domain_field} - {""}
-        if not columns <= {column.path for column in file.schema}:
-            columns = None  # all of them, for the message about the missing one
-        for batch in file.iter_batches(batch_size=256, columns=columns and sorted(columns)):
+        known = columns <= {column.path for column in file.schema}  # else the message names all there are
+        for batch in file.iter_batches(batch_size=256, columns=sorted(columns) if known else None):
             yield from batch.to_pylist()
 
 
@@ -176,8 +171,6 @@ def hub_rows(knobs):
     try:
         import datasets
 
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
         data = datasets.load_dataset(knobs.source, knobs.config or None, split=knobs.split, **options)
         columns = {field.split(".")[0] for field in (knobs.text_field, knobs.domain_field) if field}
         if columns <= set(data.column_names or ()):
@@ -196,8 +189,7 @@ def hub_rows(knobs):
             "column|CastError|JSON parse": "; download its files, which --source='<folder>/*.jsonl' reads row by row",
         }
         mend = next((mend for found, mend in mends.items() if re.search(found, what)), "")
-        what = f"could not be read by the library datasets ({what})"
-        raise UserError(f"--source={knobs.source}: {what}{mend}") from error
+        raise UserError(f"--source={knobs.source}: could not be read by the library datasets ({what}){mend}") from error
 
 
 def python_documents():

@@ -347,7 +347,7 @@ def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path, monkeypatch):
         (["--tokenizer=gpt3"], "--tokenizer=gpt3: expected gpt2 or bytes"),
         (["--val_fraction=0.0"], "--val_fraction=0.0 .*above 0"),
         (["--val_fraction=0.6", "--test_fraction=0.6"], "leave something to train on"),
-        (["--val_fraction=1e-9"], "fell into val; change --val_fraction or take more text"),
+        (["--val_fraction=1e-9"], "fell into val; change --val_fraction or"),
         (["--num_proc=0"], "--num_proc=0"),
         (["--sauce=x"], "did you mean 'source'"),
     ],
@@ -521,9 +521,7 @@ def test_a_second_preparation_of_one_folder_is_refused(jsonl, tmp_path, monkeypa
 def test_a_data_dir_that_cannot_be_written_is_named(jsonl, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for folder in (f"{tmp_path}/file", f"{tmp_path}/file/data", "/proc/data", "/dev/null"):
-        with pytest.raises(
-            SystemExit, match=f"--data_dir={folder}: .*cannot be written .*name another folder"
-        ) as error:
+        with pytest.raises(SystemExit, match=f"{folder}/texts/.lock: could not be written .*choose a folder") as error:
             prepare(monkeypatch, f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={folder}")
         assert "\n" not in str(error.value)
 
@@ -588,7 +586,7 @@ def test_what_is_wrong_with_a_corpus_of_nanogpt_is_named(nanogpt, tmp_path, monk
     with pytest.raises(SystemExit, match="--tokenizer=bytes: .*val.bin has token 300, bytes has 257 tokens"):
         prepare(monkeypatch, *flags)
     (folder / "val.bin").write_bytes(b"")
-    with pytest.raises(SystemExit, match="fell into val; change --val_fraction or take more text"):
+    with pytest.raises(SystemExit, match="fell into val; change --val_fraction or"):
         prepare(monkeypatch, *flags)
     (folder / "meta.pkl").write_bytes(b"never unpickled")
     with pytest.raises(SystemExit, match="meta.pkl: the tokens are characters.*--source=.*input.txt --tokenizer=bytes"):
