@@ -9,15 +9,13 @@ Text -> tokens: data/<name>/{train,val,test}.bin, where each document begins, an
     python prepare_owt.py --source=../nanoGPT/data/openwebtext                   # train.bin and val.bin, taken over
     python prepare_owt.py --source=python                                        # this Python's own library, as bytes
 
-Files are .parquet, .jsonl, .json or .csv, of which nothing but the text and the domain is read, or plain text, .txt or
-.md; all but .parquet also with .gz, .xz or .zst. A document's split is drawn; where one split would be empty, the text
-is cut by position instead.
+Files are .parquet, .jsonl, .json or .csv, of which only the text and the domain are read, or .txt or .md; all but
+.parquet also with .gz, .xz or .zst. A document's split is drawn; if one were empty, the text is cut by position.
 
 The .bin files are nanoGPT's: uint16 token ids, an end-of-text token behind every document. <split>_docs.npy holds the
-first token of every document and its domain, an index into meta.json's domains; <split>.crc the CRC-32 of every 4,096
-bytes of the .bin, which whoever reads a window compares. meta.json is written last: a folder without it is no corpus,
-and a corpus that stands there already is replaced only once its successor is whole. Memory grows neither with the
-corpus nor with a document of plain text.
+first token of every document and its domain, an index into meta.json's domains; <split>.crc holds the CRC-32 of every
+4,096 bytes of the .bin. meta.json is written last: a folder without it is no corpus, and a corpus is replaced only once
+its successor is whole. Memory grows neither with the corpus nor with a document of plain text.
 """
 
 import bisect
@@ -60,9 +58,8 @@ class Knobs:
     num_proc: int = max(1, (os.cpu_count() or 2) // 2)  # threads that encode, processes that read
 
     def __post_init__(self):
-        found = f"--val_fraction={self.val_fraction} --test_fraction={self.test_fraction}"
-        some = min(self.val_fraction, self.test_fraction) > 0 and self.val_fraction + self.test_fraction < 1
-        check(some, f"{found}: both must be above 0 and leave something to train on")
+        v, t = self.val_fraction, self.test_fraction
+        check(min(v, t) > 0 and v + t < 1, f"--val_fraction={v} --test_fraction={t}: expected above 0, in all below 1")
         found = f"--num_proc={self.num_proc} --seed={self.seed} --max_tokens={self.max_tokens}"
         check(self.num_proc > 0 and min(self.seed, self.max_tokens) >= 0, f"{found}: expected at least 1, 0 and 0")
         check(self.split_documents in MARKS, f"--split_documents={self.split_documents}: expected {', '.join(MARKS)}")
@@ -137,8 +134,8 @@ def by_position(documents, knobs, characters):
 
 def encoded(documents, tokenizer, knobs, counts):
     """
-    (ids, domain, split) of documents with splits: tokens (n,) uint16, an end-of-text behind every document. Counts the
-    characters, the documents left out since they are 'empty', and those with text that is 'damaged'.
+    (ids, domain, split) of documents with splits: tokens (n,) uint16, an end-of-text behind every document. Adds to the
+    Counter `counts` the 'characters', the documents left out as 'empty', and the 'damaged' ones: see encode.
     """
     eot, room, begun = np.array([tokenizer.eot_token], dtype="<u2"), knobs.max_tokens or sys.maxsize, None
     with ThreadPoolExecutor(knobs.num_proc) as pool, tqdm(unit="B", unit_scale=True, disable=None) as bar:
@@ -180,6 +177,8 @@ def nanogpt_pieces(tokenizer, knobs):
     near = max(0, edge - most)
     ends = np.flatnonzero(val[near:edge] == tokenizer.eot_token)
     edge = near + ends[-1] + 1 if len(ends) else edge
+    some = len(train) and 0 < edge < len(val)
+    check(some, f"--source={folder}: a split would be empty; change --val_fraction or --test_fraction")
     for split, name, tokens in (0, "train", train), (1, "val", val[:edge]), (2, "val", val[edge:]):
         domain = "all"
         for ids in np.split(tokens, range(most, len(tokens), most)):
@@ -235,9 +234,8 @@ class Split:
 
 def write_corpus(pieces, tokenizer, folder):
     """
-    Write pieces, (ids, domain, split), into `folder`. Returns what meta.json says about them (domains, splits and
-    fingerprint) and the number of tokens of every domain, a Counter. Raises EmptySplit, and leaves the folder as it
-    was, where a split is empty.
+    Write pieces, (ids, domain, split), into `folder`. Returns what meta.json says about them, and the tokens of every
+    domain, a Counter. Raises EmptySplit, and leaves the folder as it was, where a split is empty.
     """
     domains, by_domain, name = {}, Counter(), None
     with ExitStack() as stack:
@@ -255,8 +253,7 @@ def write_corpus(pieces, tokenizer, folder):
         said = {split.name: split.finish() for split in splits}
     # of the tokens, whatever their domains are
     counts = {name: {key: part[key] for key in ("tokens", "documents", "sha256")} for name, part in said.items()}
-    identity = json.dumps([tokenizer.name, counts], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([tokenizer.name, counts], sort_keys=True).encode()).hexdigest()
     return dict(domains=list(domains), splits=said, fingerprint=fingerprint), by_domain
 
 
@@ -274,7 +271,7 @@ def main():
     tokenizer, counts = get_tokenizer(knobs.tokenizer), Counter()
     folder = os.path.join(knobs.data_dir, knobs.name)
     check(not is_nanogpt(folder), f"{folder}: holds a corpus of nanoGPT, which would be lost; take another --name")
-    if taken_over := is_nanogpt(knobs.source):
+    if is_nanogpt(knobs.source):
         pieces = nanogpt_pieces(tokenizer, knobs)
     else:
         kinds = Counter(kind_of(path)[0] for path in paths_of(knobs))
@@ -291,8 +288,6 @@ def main():
         try:
             written, by_domain = write_corpus(itertools.chain([first], pieces), tokenizer, folder)
         except EmptySplit as error:
-            if taken_over:
-                raise
             print(f"{error.code.split(';')[0]}: the text is cut by position at line ends, train first and test last")
             documents, counts = by_position(documents_of(knobs), knobs, counts["characters"]), Counter()
             written, by_domain = write_corpus(encoded(documents, tokenizer, knobs, counts), tokenizer, folder)
@@ -310,8 +305,7 @@ def main():
         print(f"{counts['empty']:,} documents had no text and were left out")
     if counts["damaged"]:
         print(f"{counts['damaged']:,} documents had text that is not Unicode: U+FFFD stands for it")
-    where = f" --data_dir={knobs.data_dir}" if knobs.data_dir != "data" else ""
-    print(f"{folder}: ready for --dataset={knobs.name}{where}")
+    print(f"{folder}: ready for --dataset={knobs.name} --data_dir={knobs.data_dir}")
 
 
 if __name__ == "__main__":

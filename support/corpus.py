@@ -25,8 +25,7 @@ def get_tokenizer(name):
     """'gpt2' or 'bytes', the 256 bytes and an end-of-text token, as a tiktoken.Encoding."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        special = {"<|endoftext|>": 256}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding("bytes", pat_str="(?s).", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
@@ -66,8 +65,7 @@ def open_split(folder, split, meta):
     """The Tokens of a split. Raises UserError where a file is missing or of another length."""
     path, part = os.path.join(folder, f"{split}.bin"), meta["splits"][split]
     found, expected = os.path.getsize(path) if os.path.isfile(path) else 0, 2 * part["tokens"]
-    what = f"{found:,} bytes, meta.json says {expected:,}"
-    check(found == expected, f"{path}: missing, truncated or of another corpus: {what}; {AGAIN}")
+    check(found == expected, f"{path}: missing, truncated or of another corpus: {found} bytes, not {expected}; {AGAIN}")
     check_file(f"{path[:-4]}.crc", part["crc_sha256"])
     return Tokens(path)
 

@@ -1,7 +1,6 @@
 """
-Text as people have it: documents from files, from the library `datasets` and from this Python, as (text, domain).
-
-A long plain text comes in pieces; the domain of all but the first is None.
+Documents, (text, domain), from files, from the library `datasets` and from this Python. A long plain text comes in
+pieces; the domain of all but the first is None.
 """
 
 import csv
@@ -28,10 +27,7 @@ BEFORE_SPACE = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
 def documents_of(knobs):
-    """
-    The documents of knobs.source: of the embedded corpus, of files or of the library `datasets`. Raises UserError
-    naming the file that cannot be read or lacks a field.
-    """
+    """The documents of knobs.source. Raises UserError naming the file that cannot be read or lacks a field."""
     paths = paths_of(knobs)
     plain = knobs.split_documents == "file" or any(kind_of(path)[0] in PLAIN for path in paths)
     check(plain, f"--split_documents={knobs.split_documents}: {knobs.source} is no plain text; leave it out")
@@ -48,7 +44,7 @@ def documents_of(knobs):
 
 
 def paths_of(knobs):
-    """The files that knobs.source names; none of the embedded corpus and of data sets for the library `datasets`."""
+    """The files that knobs.source names: none for 'python', and none for what the library `datasets` is to read."""
     source, paths, exists = knobs.source, [], os.path.exists(knobs.source)
     hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and kind_of(source)[0] not in KINDS
     if source == "python" or (hub_id and not exists):
@@ -97,15 +93,15 @@ def file_documents(path, knobs):
 
 def plain_documents(file, marks, characters=2**18):
     """
-    The documents of a plain text, of the domain 'all', that the pattern `marks` parts; None: the file is one. One of
-    more than `characters` comes in pieces, cut before a space; in a text without, GPT-2's tokens may differ at the cut.
+    The documents of a plain text, split at the pattern `marks` (None: the file is one document), with the domain 'all'.
+    One of more than `characters` comes in pieces, cut before a space, where GPT-2's tokens are those of the whole, or
+    anywhere if it has no space.
     """
     text, domain = "", "all"
     while more := file.read(characters):
         *documents, text = re.split(marks, text + more) if marks else [text + more]
         for document in documents:
-            document = document.rstrip("\r\n")
-            yield document if domain is None else document.lstrip("\r\n"), domain
+            yield document.rstrip("\r\n") if domain is None else document.strip("\r\n"), domain
             domain = "all"
         text = text.lstrip("\r\n") if marks and domain else text
         if len(text) >= characters:
@@ -146,7 +142,7 @@ def parquet_rows(path, knobs):
 
     with parquet.ParquetFile(path, memory_map=True) as file:
         columns = {knobs.text_field, knobs.domain_field} - {""}
-        known = columns <= {column.path for column in file.schema}  # else the message names all there are
+        known = columns <= {column.path for column in file.schema}  # else all are read, and the message names them
         for batch in file.iter_batches(batch_size=256, columns=sorted(columns) if known else None):
             yield from batch.to_pylist()
 

@@ -346,7 +346,7 @@ def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path, monkeypatch):
         (["--source=a/*.parquet"], "give the corpus a name, --name="),
         (["--tokenizer=gpt3"], "--tokenizer=gpt3: expected gpt2 or bytes"),
         (["--val_fraction=0.0"], "--val_fraction=0.0 .*above 0"),
-        (["--val_fraction=0.6", "--test_fraction=0.6"], "leave something to train on"),
+        (["--val_fraction=0.6", "--test_fraction=0.6"], "--val_fraction=0.6 --test_fraction=0.6: .*in all below 1"),
         (["--val_fraction=1e-9"], "fell into val; change --val_fraction or"),
         (["--num_proc=0"], "--num_proc=0"),
         (["--sauce=x"], "did you mean 'source'"),
@@ -586,8 +586,9 @@ def test_what_is_wrong_with_a_corpus_of_nanogpt_is_named(nanogpt, tmp_path, monk
     with pytest.raises(SystemExit, match="--tokenizer=bytes: .*val.bin has token 300, bytes has 257 tokens"):
         prepare(monkeypatch, *flags)
     (folder / "val.bin").write_bytes(b"")
-    with pytest.raises(SystemExit, match="fell into val; change --val_fraction or"):
-        prepare(monkeypatch, *flags)
+    with pytest.raises(SystemExit, match="--source=.*owt: a split would be empty; change --val_fraction or"):
+        prepare(monkeypatch, *flags, f"--data_dir={tmp_path}/none")
+    assert not os.path.exists(tmp_path / "none")
     (folder / "meta.pkl").write_bytes(b"never unpickled")
     with pytest.raises(SystemExit, match="meta.pkl: the tokens are characters.*--source=.*input.txt --tokenizer=bytes"):
         prepare(monkeypatch, *flags)
