@@ -258,6 +258,8 @@ def test_a_knob_that_does_not_fit_the_source_is_refused(tmp_path):
     write_lines(tmp_path / "a.jsonl", [dict(text="a")])
     with pytest.raises(SystemExit, match="--split_documents=line: .*a.jsonl is no plain text; leave it out"):
         read(tmp_path / "a.jsonl", split_documents="line")
+    with pytest.raises(SystemExit, match="--split_documents=line: python is no plain text; leave it out"):
+        read("python", split_documents="line")
     with pytest.raises(SystemExit, match="--config=b: .*a.jsonl has no configurations; leave it out"):
         read(tmp_path / "a.jsonl", config="b")
 
