@@ -9,15 +9,13 @@ Text -> tokens: data/<name>/{train,val,test}.bin, where each document begins, an
     python prepare_owt.py --source=../nanoGPT/data/openwebtext                   # train.bin and val.bin, taken over
     python prepare_owt.py --source=python                                        # this Python's own library, as bytes
 
-Files are .parquet, .jsonl, .json or .csv, of which nothing but the text and the domain is read, or plain text, .txt or
-.md; all but .parquet also with .gz, .xz or .zst. A document's split is drawn; where one split would be empty, the text
-is cut by position instead.
+Files are .parquet, .jsonl, .json or .csv, of which only the text and the domain are read, or .txt or .md; all but
+.parquet also with .gz, .xz or .zst. A document's split is drawn; if one were empty, the text is cut by position.
 
 The .bin files are nanoGPT's: uint16 token ids, an end-of-text token behind every document. <split>_docs.npy holds the
-first token of every document and its domain, an index into meta.json's domains; <split>.crc the CRC-32 of every 4,096
-bytes of the .bin, which whoever reads a window compares. meta.json is written last: a folder without it is no corpus,
-and a corpus that stands there already is replaced only once its successor is whole. Memory grows neither with the
-corpus nor with a document of plain text.
+first token of every document and its domain, an index into meta.json's domains; <split>.crc holds the CRC-32 of every
+4,096 bytes of the .bin. meta.json is written last: a folder without it is no corpus, and a corpus is replaced only once
+its successor is whole. Memory grows neither with the corpus nor with a document of plain text.
 """
 
 import bisect
@@ -26,9 +24,7 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
-import tempfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +35,8 @@ import numpy as np
 from tqdm import tqdm
 
 from support.configurator import UserError, check, configure
-from support.corpus import DOCUMENT, PAGE, SPLITS, checksum_of, get_tokenizer, is_nanogpt, sha256_of
-from support.files import atomic_write, lock
+from support.corpus import DOCUMENT, PAGE, SPLITS, checksum_of, get_tokenizer, is_nanogpt, mapped, sha256_of
+from support.files import atomic_write, lock, writing
 from support.sources import KINDS, MARKS, documents_of, kind_of, paths_of
 
 
@@ -62,13 +58,11 @@ class Knobs:
     num_proc: int = max(1, (os.cpu_count() or 2) // 2)  # threads that encode, processes that read
 
     def __post_init__(self):
-        found = f"--val_fraction={self.val_fraction} --test_fraction={self.test_fraction}"
-        some = min(self.val_fraction, self.test_fraction) > 0 and self.val_fraction + self.test_fraction < 1
-        check(some, f"{found}: both must be above 0 and leave something to train on")
+        v, t = self.val_fraction, self.test_fraction
+        check(min(v, t) > 0 and v + t < 1, f"--val_fraction={v} --test_fraction={t}: expected above 0, in all below 1")
         found = f"--num_proc={self.num_proc} --seed={self.seed} --max_tokens={self.max_tokens}"
         check(self.num_proc > 0 and min(self.seed, self.max_tokens) >= 0, f"{found}: expected at least 1, 0 and 0")
-        found = f"--split_documents={self.split_documents}"
-        check(self.split_documents in MARKS, f"{found}: expected {', '.join(MARKS)}")
+        check(self.split_documents in MARKS, f"--split_documents={self.split_documents}: expected {', '.join(MARKS)}")
         self.tokenizer = self.tokenizer or ("bytes" if self.source == "python" else "gpt2")
         check(self.tokenizer in ("gpt2", "bytes"), f"--tokenizer={self.tokenizer}: expected gpt2 or bytes")
         if not self.name:
@@ -76,8 +70,7 @@ class Knobs:
             kind, packed = kind_of(name)
             self.name = name[: len(name) - len(kind + packed)] if kind in KINDS else name  # a hub id may have dots
             one = os.path.exists(self.source) or not (glob.has_magic(self.name) or "," in self.source)
-            mend = f"give the corpus a name, --name=<folder in {self.data_dir}>"
-            check(one and self.name, f"--source={self.source}: {mend}")
+            check(one and self.name, f"--source={self.source}: give the corpus a name, --name=<folder>")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,10 +78,7 @@ class Knobs:
 
 
 def encode(tokenizer, text):
-    """
-    The tokens of a text as uint16, and whether lone surrogates had to be replaced by U+FFFD. '<|endoftext|>' in the
-    text is text.
-    """
+    """The tokens of a text as uint16, and whether U+FFFD stands for lone surrogates. '<|endoftext|>' in it is text."""
     try:
         raw, damaged = text.encode(), False
     except UnicodeEncodeError:
@@ -125,8 +115,8 @@ def by_chance(documents, knobs):
 
 def by_position(documents, knobs, characters):
     """
-    (text, domain, split) of documents of so many characters: the first are for train, the last for test. A document
-    is cut behind its last line that ends before the edge, or at the edge where there is none.
+    (text, domain, split) of documents of so many characters, train first and test last. A document is cut behind its
+    last line that ends before the edge, or at the edge where there is none.
     """
     edges = [characters * (1 - knobs.val_fraction - knobs.test_fraction), characters * (1 - knobs.test_fraction)]
     split, read, name = 0, 0, ""
@@ -144,14 +134,11 @@ def by_position(documents, knobs, characters):
 
 def encoded(documents, tokenizer, knobs, counts):
     """
-    (ids, domain, split) of documents with splits: tokens (n,) uint16, an end-of-text behind every document. Adds to
-    `counts` the characters, the documents that are 'empty', and left out, and those with text that is 'damaged'.
+    (ids, domain, split) of documents with splits: tokens (n,) uint16, an end-of-text behind every document. Adds to the
+    Counter `counts` the 'characters', the documents left out as 'empty', and the 'damaged' ones: see encode.
     """
     eot, room, begun = np.array([tokenizer.eot_token], dtype="<u2"), knobs.max_tokens or sys.maxsize, None
-    with (
-        ThreadPoolExecutor(knobs.num_proc) as pool,
-        tqdm(desc="encoding", unit="B", unit_scale=True, disable=None) as bar,
-    ):
+    with ThreadPoolExecutor(knobs.num_proc) as pool, tqdm(unit="B", unit_scale=True, disable=None) as bar:
         for batch in batches_of(documents):
             ids_of_batch = pool.map(lambda document: encode(tokenizer, document[0]), batch)
             for (text, domain, split), (ids, damaged) in zip(batch, ids_of_batch, strict=True):
@@ -182,23 +169,22 @@ def nanogpt_pieces(tokenizer, knobs):
     one ends within 2 MB before the edge. Raises UserError where they are not tokens of `tokenizer`.
     """
     folder, most = knobs.source, 2**20  # tokens at a time
-    found = f"{folder}/meta.pkl: the tokens are characters, numbered by this pickle"
     mend = f"prepare its text with --source={folder}/input.txt --tokenizer=bytes"
-    check(not os.path.exists(f"{folder}/meta.pkl"), f"{found}; {mend}")
+    check(not os.path.exists(f"{folder}/meta.pkl"), f"{folder}/meta.pkl: the tokens are characters; {mend}")
     check(not knobs.max_tokens, f"--max_tokens={knobs.max_tokens}: {folder} is taken over whole; leave it out")
-    train, val = (f"{folder}/{name}.bin" for name in ("train", "val"))
-    n_train, n = os.path.getsize(train) // 2, os.path.getsize(val) // 2
-    edge = int(n * knobs.val_fraction / (knobs.val_fraction + knobs.test_fraction))
-    near = np.fromfile(val, dtype="<u2", count=min(most, edge), offset=2 * max(0, edge - most))
-    ends = np.flatnonzero(near == tokenizer.eot_token)
-    edge -= len(near) - int(ends[-1]) - 1 if len(ends) else 0
-    for split, path, begin, end in (0, train, 0, n_train), (1, val, 0, edge), (2, val, edge, n):
+    train, val = (mapped(f"{folder}/{name}.bin", "<u2") for name in ("train", "val"))
+    edge = int(len(val) * knobs.val_fraction / (knobs.val_fraction + knobs.test_fraction))
+    near = max(0, edge - most)
+    ends = np.flatnonzero(val[near:edge] == tokenizer.eot_token)
+    edge = near + ends[-1] + 1 if len(ends) else edge
+    some = len(train) and 0 < edge < len(val)
+    check(some, f"--source={folder}: a split would be empty; change --val_fraction or --test_fraction")
+    for split, name, tokens in (0, "train", train), (1, "val", val[:edge]), (2, "val", val[edge:]):
         domain = "all"
-        for at in range(begin, end, most):
-            ids = np.fromfile(path, dtype="<u2", count=min(most, end - at), offset=2 * at)
-            found = f"{path} has token {ids.max()}, {tokenizer.name} has {tokenizer.n_vocab} tokens"
-            mend = "name the tokenizer that made it"
-            check(ids.max() < tokenizer.n_vocab, f"--tokenizer={tokenizer.name}: {found}; {mend}")
+        for ids in np.split(tokens, range(most, len(tokens), most)):
+            top, n = ids.max(initial=0), tokenizer.n_vocab
+            found = f"{folder}/{name}.bin has token {top}, {tokenizer.name} has {n} tokens"
+            check(top < n, f"--tokenizer={tokenizer.name}: {found}; name the tokenizer that made it")
             for part in np.split(ids, np.flatnonzero(ids == tokenizer.eot_token) + 1):
                 if len(part):
                     yield part, domain, split
@@ -217,70 +203,62 @@ class Split:
     """A split on its way into `folder`: its tokens, and where each of its documents begins."""
 
     def __init__(self, folder, name, stack):
-        self.name, self.path = name, f"{folder}/{name}"
+        self.name, self.path, self.tokens, self.documents = name, f"{folder}/{name}", 0, 0
         self.bin = stack.enter_context(atomic_write(f"{self.path}.bin"))
-        self.starts = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
-        self.sha256, self.tokens, self.documents = hashlib.sha256(), 0, 0
+        self.docs = stack.enter_context(atomic_write(f"{self.path}_docs.npy"))
+        self.write_header()
 
-    def begin(self, domain):
-        """The next tokens begin a document of the domain of this index."""
-        self.starts.write(np.array([(self.tokens, domain)], dtype=DOCUMENT).tobytes())
-        self.documents += 1
+    def write_header(self):
+        """Of <split>_docs.npy; numpy leaves room in it for the number of documents to grow."""
+        said = dict(descr=np.lib.format.dtype_to_descr(DOCUMENT), fortran_order=False, shape=(self.documents,))
+        np.lib.format.write_array_header_1_0(self.docs, said)
 
-    def write(self, ids):
+    def write(self, ids, domain):
+        """The tokens begin a document of the domain of this index, or go on with one where it is None."""
+        if domain is not None:
+            self.docs.write(np.array((self.tokens, domain), dtype=DOCUMENT).tobytes())
+            self.documents += 1
         self.bin.write(ids)
-        self.sha256.update(ids)
         self.tokens += len(ids)
 
     def finish(self):
-        """Write <split>.crc and <split>_docs.npy; returns what meta.json says about the split."""
+        """Write <split>.crc; returns what meta.json says about the split."""
+        self.docs.seek(0)
+        self.write_header()
+        self.docs.flush()
         self.bin.flush()
-        self.starts.seek(0)
-        docs = f"{self.path}_docs.npy"
-        with atomic_write(docs) as file:
-            kind = dict(descr=np.lib.format.dtype_to_descr(DOCUMENT), fortran_order=False, shape=(self.documents,))
-            np.lib.format.write_array_header_1_0(file, kind)
-            shutil.copyfileobj(self.starts, file)
-        counts = dict(tokens=self.tokens, documents=self.documents, sha256=self.sha256.hexdigest())
+        counts = dict(tokens=self.tokens, documents=self.documents, sha256=sha256_of(self.bin.name))
         crc_sha256 = write_checksums(self.bin.name, f"{self.path}.crc")
-        return counts | dict(docs_sha256=sha256_of(docs), crc_sha256=crc_sha256)
+        return counts | dict(docs_sha256=sha256_of(self.docs.name), crc_sha256=crc_sha256)
 
 
 def write_corpus(pieces, tokenizer, folder):
     """
-    Write pieces, (ids, domain, split), into `folder`. Returns what meta.json says about them (domains, splits and
-    fingerprint) and the number of tokens of every domain, a Counter. Raises EmptySplit, and leaves the folder as it
-    was, where a split is empty.
+    Write pieces, (ids, domain, split), into `folder`. Returns what meta.json says about them, and the tokens of every
+    domain, a Counter. Raises EmptySplit, and leaves the folder as it was, where a split is empty.
     """
-    domains, by_domain = {}, Counter()
+    domains, by_domain, name = {}, Counter(), None
     with ExitStack() as stack:
         splits = [Split(folder, name, stack) for name in SPLITS]
         for ids, domain, split in pieces:
-            if domain is not None:
-                name = domain
-                splits[split].begin(domains.setdefault(domain, len(domains)))
-            splits[split].write(ids)
+            name = name if domain is None else domain
+            splits[split].write(ids, None if domain is None else domains.setdefault(domain, len(domains)))
             by_domain[name] += len(ids)
-        for split in splits:
-            if not split.documents:
-                flag = "val_fraction" if split.name == "train" else f"{split.name}_fraction"
-                found = f"none of the {sum(split.documents for split in splits):,} documents fell into {split.name}"
-                raise EmptySplit(f"{found}; change --{flag} or take more text")
+        empty = [split.name for split in splits if not split.documents]
+        if empty:
+            found = f"none of the {sum(split.documents for split in splits):,} documents fell into {empty[0]}"
+            raise EmptySplit(f"{found}; change --val_fraction or --test_fraction, or take more text")
         if os.path.exists(f"{folder}/meta.json"):
             os.remove(f"{folder}/meta.json")  # files are replaced from here on: no corpus until it is written anew
         said = {split.name: split.finish() for split in splits}
     # of the tokens, whatever their domains are
     counts = {name: {key: part[key] for key in ("tokens", "documents", "sha256")} for name, part in said.items()}
-    identity = json.dumps([tokenizer.name, counts], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([tokenizer.name, counts], sort_keys=True).encode()).hexdigest()
     return dict(domains=list(domains), splits=said, fingerprint=fingerprint), by_domain
 
 
 def write_checksums(bin_path, crc_path):
-    """
-    Write the CRC-32 of every PAGE bytes of a file, the last of which may be short, as little-endian uint32; returns the
-    sha256 of what was written.
-    """
+    """Write the CRC-32 of every PAGE bytes of a file, little-endian uint32; returns the sha256 of what was written."""
     with open(bin_path, "rb") as tokens, atomic_write(crc_path) as file:
         while piece := tokens.read(PAGE * 256):
             pages = [zlib.crc32(piece[i : i + PAGE]) for i in range(0, len(piece), PAGE)]
@@ -293,7 +271,7 @@ def main():
     tokenizer, counts = get_tokenizer(knobs.tokenizer), Counter()
     folder = os.path.join(knobs.data_dir, knobs.name)
     check(not is_nanogpt(folder), f"{folder}: holds a corpus of nanoGPT, which would be lost; take another --name")
-    if taken_over := is_nanogpt(knobs.source):
+    if is_nanogpt(knobs.source):
         pieces = nanogpt_pieces(tokenizer, knobs)
     else:
         kinds = Counter(kind_of(path)[0] for path in paths_of(knobs))
@@ -303,48 +281,31 @@ def main():
     first = next(pieces, None)  # so that a source that cannot be read fails before anything is written
     check(first is not None, f"--source={knobs.source}: no text in it")
     with ExitStack() as stack:
-        try:
+        with writing(f"{folder}/.lock"):
             os.makedirs(folder, exist_ok=True)
             held = stack.enter_context(open(f"{folder}/.lock", "ab"))
-        except OSError as error:
-            found = f"{folder} cannot be written ({error.strerror})"
-            raise UserError(f"--data_dir={knobs.data_dir}: {found}; name another folder") from error
         lock(held, folder, "a preparation", "name")
         try:
             written, by_domain = write_corpus(itertools.chain([first], pieces), tokenizer, folder)
         except EmptySplit as error:
-            if taken_over:
-                raise
             print(f"{error.code.split(';')[0]}: the text is cut by position at line ends, train first and test last")
             documents, counts = by_position(documents_of(knobs), knobs, counts["characters"]), Counter()
             written, by_domain = write_corpus(encoded(documents, tokenizer, knobs, counts), tokenizer, folder)
-        meta = dict(
-            name=knobs.name,
-            source=knobs.source,
-            tokenizer=knobs.tokenizer,
-            vocab_size=tokenizer.n_vocab,
-            eot_token=tokenizer.eot_token,
-            seed=knobs.seed,
-            val_fraction=knobs.val_fraction,
-            test_fraction=knobs.test_fraction,
-            **written,
-        )
+        meta = dict(name=knobs.name, source=knobs.source, tokenizer=knobs.tokenizer, vocab_size=tokenizer.n_vocab)
+        meta |= dict(eot_token=tokenizer.eot_token, seed=knobs.seed, val_fraction=knobs.val_fraction)
+        meta |= dict(test_fraction=knobs.test_fraction, **written)
         with atomic_write(f"{folder}/meta.json") as file:
             file.write(json.dumps(meta | {"checksum": checksum_of(meta)}, indent=1).encode())
     for split, part in written["splits"].items():
         print(f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens")
     if len(by_domain) > 1:
-        total, most = by_domain.total(), by_domain.most_common(20)
-        rest = f", and {len(by_domain) - 20} more" if len(by_domain) > 20 else ""
-        print("tokens by domain: " + ", ".join(f"{name} {n / total:.1%}" for name, n in most) + rest)
+        most = (f"{name} {n / by_domain.total():.1%}" for name, n in by_domain.most_common(20))
+        print(f"tokens by domain, the largest of {len(by_domain):,}: {', '.join(most)}")
     if counts["empty"]:
         print(f"{counts['empty']:,} documents had no text and were left out")
     if counts["damaged"]:
         print(f"{counts['damaged']:,} documents had text that is not Unicode: U+FFFD stands for it")
-    print(
-        f"{folder}: ready for --dataset={knobs.name}"
-        + (f" --data_dir={knobs.data_dir}" if knobs.data_dir != "data" else "")
-    )
+    print(f"{folder}: ready for --dataset={knobs.name} --data_dir={knobs.data_dir}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""
-Reading what prepare_owt.py has written: tokens, checked as they are read, and the domains of windows.
-"""
+"""Reading what prepare_owt.py has written: tokens, checked as they are read, and the domains of windows."""
 
 import hashlib
 import json
@@ -11,13 +9,15 @@ import zlib
 import numpy as np
 import tiktoken
 
-from support.configurator import UserError
+from support.configurator import UserError, check
+from support.files import reading
 
 SPLITS = ("train", "val", "test")
 DOCUMENT = np.dtype([("start", "<i8"), ("domain", "<i4")])
 META = dict(name=str, source=str, tokenizer=str, vocab_size=int, eot_token=int, seed=int, val_fraction=float)
 META |= dict(test_fraction=float, domains=list, splits=dict, fingerprint=str)
 SPLIT = dict(tokens=int, documents=int, sha256=str, docs_sha256=str, crc_sha256=str)  # of META's splits
+AGAIN = "prepare the corpus again with prepare_owt.py"
 PAGE = 4096  # bytes of a .bin that have a checksum: a window is read with one or two pages, and 1 in 1,000 is added
 
 
@@ -25,8 +25,7 @@ def get_tokenizer(name):
     """'gpt2' or 'bytes', the 256 bytes and an end-of-text token, as a tiktoken.Encoding."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        special = {"<|endoftext|>": 256}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding("bytes", pat_str="(?s).", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
@@ -42,18 +41,15 @@ def is_nanogpt(folder):
 
 def load_meta(folder):
     """meta.json of a corpus as a dict. Raises UserError where it is missing, damaged or of another kind."""
+    data_dir, name = os.path.split(os.path.normpath(folder))
+    mend = "there is no whole corpus; make it"
+    flags = {"openwebtext": "", "python": " --source=python"}.get(name, f" --name={name} --source=<...>")
+    if is_nanogpt(folder):
+        mend, flags = "take nanoGPT's corpus over", f" --source={folder} --name={name}_with_test"
+    flags += f" --data_dir={data_dir}" if data_dir != "data" else ""
     path = os.path.join(folder, "meta.json")
-    name = os.path.basename(os.path.normpath(folder))
-    if not os.path.isfile(path):
-        flags = {"openwebtext": "", "python": " --source=python"}.get(name, f" --name={name} --source=<...>")
-        flags = f" --source={folder} --name={name}_with_test" if is_nanogpt(folder) else flags
-        data_dir = os.path.dirname(os.path.normpath(folder))
-        flags += f" --data_dir={data_dir}" if data_dir != "data" else ""
-        found = "as in nanoGPT; take it over" if is_nanogpt(folder) else "so there is no whole corpus; make it"
-        raise UserError(f"{path}: no such file, {found} with python prepare_owt.py{flags}")
-    try:
-        with open(path, encoding="utf-8") as file:
-            meta = json.load(file)
+    with reading(path, f"{mend} with python prepare_owt.py{flags}"), open(path, encoding="utf-8") as file:
+        meta = json.load(file)
         if meta["checksum"] != checksum_of(meta):
             raise ValueError("its checksum differs")
         for part, kinds in [(meta, META), *((meta["splits"][split], SPLIT) for split in SPLITS)]:
@@ -62,52 +58,48 @@ def load_meta(folder):
                     raise ValueError(f"{key} = {part[key]!r:.80}, expected {kind.__name__}")
         if meta["tokenizer"] not in ("gpt2", "bytes") or {type(name) for name in meta["domains"]} != {str}:
             raise ValueError("an unknown tokenizer, or domains that are no names")
-    except (ValueError, LookupError, TypeError) as error:
-        what = f"damaged, edited by hand or of another version ({type(error).__name__}: {error})"
-        raise UserError(f"{path}: {what}; prepare the corpus again") from error
     return meta
 
 
 def open_split(folder, split, meta):
     """The Tokens of a split. Raises UserError where a file is missing or of another length."""
     path, part = os.path.join(folder, f"{split}.bin"), meta["splits"][split]
-    found = os.path.getsize(path) if os.path.isfile(path) else -1
-    if found != 2 * part["tokens"]:
-        what = "missing" if found < 0 else f"truncated or of another corpus: {found:,} bytes"
-        mend = "prepare the corpus again with prepare_owt.py"
-        raise UserError(f"{path}: {what}, meta.json says {2 * part['tokens']:,}; {mend}")
-    if sha256_of(f"{path[:-4]}.crc") != part["crc_sha256"]:
-        raise UserError(f"{path[:-4]}.crc: missing, damaged or of another corpus; prepare the corpus again")
+    found, expected = os.path.getsize(path) if os.path.isfile(path) else 0, 2 * part["tokens"]
+    check(found == expected, f"{path}: missing, truncated or of another corpus: {found} bytes, not {expected}; {AGAIN}")
+    check_file(f"{path[:-4]}.crc", part["crc_sha256"])
     return Tokens(path)
 
 
+def check_file(path, sha256):
+    """Raise UserError unless the file has this sha256."""
+    check(sha256_of(path) == sha256, f"{path}: missing, damaged or of another corpus; {AGAIN}")
+
+
+def mapped(path, dtype):
+    """The numbers of a file, mapped and not read."""
+    n = os.path.getsize(path) // np.dtype(dtype).itemsize
+    return np.memmap(path, dtype, "r", shape=(n,)) if n else np.empty(0, dtype)
+
+
 class Tokens:
-    """
-    The uint16 tokens of a .bin, mapped and not read; what is read is compared with its checksums, so that a start
-    reads a thousandth of the file and no damaged token is used.
-    """
+    """The uint16 tokens of a .bin, mapped; what is read of them, and nothing else, is compared with its checksums."""
 
     def __init__(self, path):
         self.path = path
-        self.bytes = np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.empty(0, np.uint8)
-        self.checksums = np.memmap(f"{path[:-4]}.crc", dtype="<u4", mode="r") if len(self.bytes) else None
-        if len(self.bytes) and hasattr(mmap, "MADV_RANDOM"):
-            # a window here, a window there: reading ahead would read megabytes for each
+        self.bytes, self.checksums = mapped(path, np.uint8), mapped(f"{path[:-4]}.crc", "<u4")
+        if len(self.bytes):  # a window here, a window there: reading ahead would read megabytes for each
             self.bytes.base.madvise(mmap.MADV_RANDOM)
 
     def __len__(self):
         return len(self.bytes) // 2
 
     def windows(self, ids, block_size):
-        """
-        The tokens [i*T, i*T + T] of every window i in `ids`, (k,) -> (k, T + 1) uint16. Raises UserError where one of
-        them is damaged.
-        """
-        self._check(ids * block_size, ids * block_size + block_size)
+        """The tokens [i*T, i*T + T] of window i, (k,) -> (k, T + 1) uint16. Raises UserError where one is damaged."""
+        self._check(ids * block_size, (ids + 1) * block_size)
         return self.bytes.view("<u2")[ids[:, None] * block_size + np.arange(block_size + 1)]
 
     def span(self, start, stop):
-        """The tokens start to stop - 1, (stop - start,) uint16. Raises UserError where one of them is damaged."""
+        """The tokens start to stop - 1, (stop - start,) uint16. Raises UserError where one is damaged."""
         self._check(np.array([start]), np.array([stop - 1]))
         return self.bytes.view("<u2")[start:stop]
 
@@ -116,8 +108,7 @@ class Tokens:
         first, last = 2 * first, 2 * last + 1  # in bytes
         for page in {page for a, b in zip(first // PAGE, last // PAGE, strict=True) for page in range(a, b + 1)}:
             if zlib.crc32(self.bytes[page * PAGE : (page + 1) * PAGE]) != self.checksums[page]:
-                found = f"the bytes from {page * PAGE:,} on are damaged, as their checksum says"
-                raise UserError(f"{self.path}: {found}; prepare the corpus again with prepare_owt.py")
+                raise UserError(f"{self.path}: the bytes from {page * PAGE:,} on are damaged; {AGAIN}")
 
 
 def count_windows(data, block_size):
@@ -126,18 +117,13 @@ def count_windows(data, block_size):
 
 def window_domains(folder, split, ids, block_size, meta):
     """
-    The domain of each window, (k,) indices into meta['domains']: the one that most of the tokens i*T .. i*T + T of
-    window i belong to, the first of them where there are several. Memory follows the documents that these windows
-    touch. Raises UserError where <split>_docs.npy does not fit meta.json.
+    The domain of each window, (k,) indices into meta['domains']: the first of those with most of the tokens i*T ..
+    i*T + T of window i. Memory follows the documents that these windows touch. Raises UserError where <split>_docs.npy
+    does not fit meta.json.
     """
     path = os.path.join(folder, f"{split}_docs.npy")
-    part = meta["splits"][split]
-    fits = sha256_of(path) == part["docs_sha256"]
-    if fits:  # np.load's own errors come in many types, and cannot come now
-        documents = np.load(path, mmap_mode="r", allow_pickle=False)
-        fits = documents.dtype == DOCUMENT and len(documents) == part["documents"]
-    if not fits:
-        raise UserError(f"{path}: missing, damaged or of another corpus; prepare the corpus again with prepare_owt.py")
+    check_file(path, meta["splits"][split]["docs_sha256"])
+    documents = np.load(path, mmap_mode="r", allow_pickle=False)
     ids = np.asarray(ids, dtype=np.int64)
     starts, n_domains = documents["start"], len(meta["domains"])
     first, last = _document_of(starts, ids * block_size), _document_of(starts, (ids + 1) * block_size)
@@ -149,10 +135,7 @@ def window_domains(folder, split, ids, block_size, meta):
     inner = document < last[window]  # it ends inside the window
     end[inner] = starts[document[inner] + 1]
     domain = documents["domain"][document]
-    if domain.max(initial=0) >= n_domains:
-        raise UserError(
-            f"{path}: has domain {domain.max()}, meta.json has {n_domains} domains; prepare the corpus again"
-        )
+    check(domain.max(initial=0) < n_domains, f"{path}: has more domains than meta.json; {AGAIN}")
     pairs, where = np.unique(window * n_domains + domain, return_inverse=True)
     tokens = np.bincount(where, weights=end - begin)
     window, domain = np.divmod(pairs, n_domains)
@@ -161,10 +144,7 @@ def window_domains(folder, split, ids, block_size, meta):
 
 
 def _document_of(starts, tokens):
-    """
-    searchsorted(starts, tokens, side='right') - 1 by bisection: numpy's own copies the column, unaligned in its file,
-    into memory whole.
-    """
+    """searchsorted(starts, tokens, side='right') - 1; numpy's own copies the column, unaligned in its file, whole."""
     low, high = np.zeros_like(tokens), np.full_like(tokens, len(starts))
     for _ in range(len(starts).bit_length()):
         middle = (low + high) // 2

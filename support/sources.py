@@ -1,20 +1,17 @@
 """
-Text as people have it: documents from files, from the library `datasets` and from this Python, as (text, domain).
-
-A long plain text comes in pieces; the domain of all but the first is None.
+Documents, (text, domain), from files, from the library `datasets` and from this Python. A long plain text comes in
+pieces; the domain of all but the first is None.
 """
 
 import csv
 import glob
 import gzip
 import io
-import itertools
 import json
 import lzma
 import os
 import pathlib
 import re
-import sys
 import sysconfig
 from collections import Counter
 
@@ -30,18 +27,14 @@ BEFORE_SPACE = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
 def documents_of(knobs):
-    """
-    The documents of knobs.source: of the embedded corpus, of files or of the library `datasets`. Raises UserError
-    naming the file that cannot be read or lacks a field.
-    """
-    if knobs.source == "python":
-        yield from python_documents()
-        return
+    """The documents of knobs.source. Raises UserError naming the file that cannot be read or lacks a field."""
     paths = paths_of(knobs)
     plain = knobs.split_documents == "file" or any(kind_of(path)[0] in PLAIN for path in paths)
     check(plain, f"--split_documents={knobs.split_documents}: {knobs.source} is no plain text; leave it out")
     check(not (knobs.config and paths), f"--config={knobs.config}: {knobs.source} has no configurations; leave it out")
-    if not paths:
+    if knobs.source == "python":
+        yield from python_documents()
+    elif not paths:
         yield from row_documents(hub_rows(knobs), knobs.source, knobs)
     for path in paths:
         try:
@@ -51,27 +44,23 @@ def documents_of(knobs):
 
 
 def paths_of(knobs):
-    """The files that knobs.source names; none of the embedded corpus and of data sets for the library `datasets`."""
-    if knobs.source == "python":
+    """The files that knobs.source names: none for 'python', and none for what the library `datasets` is to read."""
+    source, paths, exists = knobs.source, [], os.path.exists(knobs.source)
+    hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and kind_of(source)[0] not in KINDS
+    if source == "python" or (hub_id and not exists):
         return []
-    paths = []
-    for part in [knobs.source] if os.path.exists(knobs.source) else knobs.source.split(","):
+    for part in [source] if exists else source.split(","):
         found = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
-        if not found:
-            if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", knobs.source) and kind_of(part)[0] not in KINDS:
-                return []
-            raise UserError(f"--source={part}: no such file")
+        check(found, f"--source={part}: no such file")
         for path in found:
-            below = [path]
-            if os.path.isdir(path):
-                card = pathlib.Path(path, "README.md")
-                if knobs.config or (card.is_file() and "\nconfigs:\n" in card.read_text("utf-8", "replace")):
-                    return []  # it describes configurations, as the hub's data sets do
-                below = sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))
-                below = [name for name in below if kind_of(name)[0] in KINDS and os.path.isfile(name)]
-            readable = below and kind_of(below[0])[0] in KINDS
-            check(readable, f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
-            paths += below
+            card = pathlib.Path(path, "README.md")
+            described = card.is_file() and "\nconfigs:\n" in card.read_text("utf-8", "replace")
+            if described or (knobs.config and os.path.isdir(path)):
+                return []  # it has configurations, as the hub's data sets do
+            files = [path, *sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))]
+            files = [name for name in files if kind_of(name)[0] in KINDS and os.path.isfile(name)]
+            check(files, f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
+            paths += files
     return list(dict.fromkeys(paths))
 
 
@@ -87,7 +76,13 @@ def file_documents(path, knobs):
     if kind == ".parquet":
         yield from row_documents(parquet_rows(path, knobs), path, knobs)
         return
-    with io.TextIOWrapper(opened(path, packed), encoding="utf-8-sig", newline="") as file:
+    if packed == ".zst":
+        import pyarrow  # comes with `datasets`
+
+        raw = pyarrow.input_stream(path, compression="zstd")
+    else:
+        raw = {"": open, ".gz": gzip.open, ".xz": lzma.open}[packed](path, "rb")
+    with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         if kind in PLAIN:
             yield from plain_documents(file, MARKS[knobs.split_documents])
         else:
@@ -96,26 +91,17 @@ def file_documents(path, knobs):
             yield from row_documents(rows, path, knobs)
 
 
-def opened(path, packed):
-    if packed == ".zst":
-        import pyarrow  # comes with `datasets`
-
-        return pyarrow.input_stream(path, compression="zstd")
-    return {"": open, ".gz": gzip.open, ".xz": lzma.open}[packed](path, "rb")
-
-
 def plain_documents(file, marks, characters=2**18):
     """
-    The documents of a plain text, the domain 'all'. `marks` is a pattern of what stands between two of them, None where
-    the file is one. A document of more than `characters` comes in pieces, cut before a space, or anywhere in a text
-    without spaces, where GPT-2's tokens at the cut may be others than those of the whole.
+    The documents of a plain text, split at the pattern `marks` (None: the file is one document), with the domain 'all'.
+    One of more than `characters` comes in pieces, cut before a space, where GPT-2's tokens are those of the whole, or
+    anywhere if it has no space.
     """
     text, domain = "", "all"
     while more := file.read(characters):
         *documents, text = re.split(marks, text + more) if marks else [text + more]
         for document in documents:
-            document = document.rstrip("\r\n")
-            yield document if domain is None else document.lstrip("\r\n"), domain
+            yield document.rstrip("\r\n") if domain is None else document.strip("\r\n"), domain
             domain = "all"
         text = text.lstrip("\r\n") if marks and domain else text
         if len(text) >= characters:
@@ -130,8 +116,8 @@ def plain_documents(file, marks, characters=2**18):
 
 def row_documents(rows, where, knobs):
     """
-    The documents of rows, dicts that may hold dicts. No text is an empty one, no domain is 'none'. Raises UserError
-    where a row has no text field, where it holds no text, and where the first row has no domain field.
+    The documents of rows, dicts that may hold dicts; a null is the text '' or the domain 'none'. Raises UserError where
+    a row has no text field, or other than text there, and where the first has no domain field.
     """
     fields = dict(text_field=knobs.text_field) | (dict(domain_field=knobs.domain_field) if knobs.domain_field else {})
     for i, row in enumerate(rows, 1):
@@ -142,8 +128,7 @@ def row_documents(rows, where, knobs):
                 missing = not isinstance(value, dict) or part not in value
                 if missing and value is not None and (i == 1 or flag == "text_field"):
                     names = ", ".join(value) if isinstance(value, dict) else "none"
-                    what = f"{where}, row {i:,} has no such field; there are: {names:.500}"
-                    raise UserError(f"--{flag}={field}: {what}")
+                    raise UserError(f"--{flag}={field}: {where}, row {i:,} has no such field; there are: {names:.500}")
                 value = None if missing else value[part]
             found[flag] = value
         text, domain = found["text_field"], found.get("domain_field", "all")
@@ -157,9 +142,8 @@ def parquet_rows(path, knobs):
 
     with parquet.ParquetFile(path, memory_map=True) as file:
         columns = {knobs.text_field, knobs.domain_field} - {""}
-        if not columns <= {column.path for column in file.schema}:
-            columns = None  # all of them, for the message about the missing one
-        for batch in file.iter_batches(batch_size=256, columns=columns and sorted(columns)):
+        known = columns <= {column.path for column in file.schema}  # else all are read, and the message names them
+        for batch in file.iter_batches(batch_size=256, columns=sorted(columns) if known else None):
             yield from batch.to_pylist()
 
 
@@ -170,10 +154,9 @@ def json_rows(file):
             yield from json.loads(line + file.read())
         elif not line.isspace():
             try:
-                row = json.loads(line)
+                yield json.loads(line)
             except ValueError as error:
                 raise ValueError(f"line {i:,}: {error}") from error
-            yield row
 
 
 def hub_rows(knobs):
@@ -184,8 +167,6 @@ def hub_rows(knobs):
     try:
         import datasets
 
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
         data = datasets.load_dataset(knobs.source, knobs.config or None, split=knobs.split, **options)
         columns = {field.split(".")[0] for field in (knobs.text_field, knobs.domain_field) if field}
         if columns <= set(data.column_names or ()):
@@ -197,44 +178,34 @@ def hub_rows(knobs):
         what = f"{type(cause).__name__}: {cause}"
         if "Traceback" in what:  # of one of the num_proc processes: its first error is the cause of the others
             what = re.search(r"^[\w.]*(?:Error|Exception)\b.*|\Z", what, re.MULTILINE)[0]
-        if re.search("[Nn]o space|disk space|[Qq]uota", what):
-            mend = "name another folder there, or take the beginning of the data set with --max_tokens"
-            home = datasets.config.HF_CACHE_HOME
-            raise UserError(f"HF_HOME={home}: has too little room for {knobs.source} ({what}); {mend}") from error
+        home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         mends = {
+            "[Nn]o space|disk space|[Qq]uota": f"; HF_HOME={home} is full: name another folder, or try --max_tokens",
             "Config name|BuilderConfig": "; choose one with --config=<name>",
             "column|CastError|JSON parse": "; download its files, which --source='<folder>/*.jsonl' reads row by row",
         }
         mend = next((mend for found, mend in mends.items() if re.search(found, what)), "")
-        what = f"could not be read as text by the library datasets ({what})"
-        raise UserError(f"--source={knobs.source}: {what}{mend}") from error
+        raise UserError(f"--source={knobs.source}: could not be read by the library datasets ({what}){mend}") from error
 
 
 def python_documents():
     """
     The running Python's standard library without its tests: the sources, and pydoc's topics, each text once. The domain
-    of a file is its package where that has at least 20 files, 'packages' for the smaller ones, and 'modules' for the
-    files that are in none.
+    of a file is its package, 'modules' where it is in none, or 'packages' where that has fewer than 20 files.
     """
     from pydoc_data.topics import topics
 
-    root, skipped = sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    paths = []
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+    root, paths, documents = sysconfig.get_path("stdlib"), [], {}
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - skipped - {"pydoc_data", "__pycache__"})
-        paths += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(names) if name.endswith(".py")]
-    package = {path: os.path.dirname(path).split(os.sep)[0] for path in paths}
-    files = Counter(package.values())
-
-    def sources():
-        for path in paths:
-            # what is not UTF-8 becomes lone surrogates, which `encode` replaces and counts
-            with open(os.path.join(root, path), encoding="utf-8", errors="surrogateescape") as file:
-                domain = package[path] if files[package[path]] >= 20 else "packages"
-                yield file.read(), domain if package[path] else "modules"
-
-    seen = {""}  # the library has empty files and a few twins
-    for text, domain in itertools.chain(sources(), ((topics[name], "topics") for name in sorted(topics))):
-        if text not in seen:
-            seen.add(text)
-            yield text, domain
+        subfolders[:] = sorted(set(subfolders) - skipped)
+        paths += [pathlib.Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+    package = [[*path.relative_to(root).parts[:-1], "modules"][0] for path in paths]
+    files = Counter(package)
+    for path, domain in zip(paths, package, strict=True):
+        # what is not UTF-8 becomes lone surrogates, which `encode` replaces and counts
+        text = path.read_text("utf-8", "surrogateescape")
+        documents.setdefault(text, domain if files[domain] >= 20 else "packages")
+    for name in sorted(topics):
+        documents.setdefault(topics[name], "topics")
+    return [(text, domain) for text, domain in documents.items() if text]

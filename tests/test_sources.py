@@ -258,6 +258,8 @@ def test_a_knob_that_does_not_fit_the_source_is_refused(tmp_path):
     write_lines(tmp_path / "a.jsonl", [dict(text="a")])
     with pytest.raises(SystemExit, match="--split_documents=line: .*a.jsonl is no plain text; leave it out"):
         read(tmp_path / "a.jsonl", split_documents="line")
+    with pytest.raises(SystemExit, match="--split_documents=line: python is no plain text; leave it out"):
+        read("python", split_documents="line")
     with pytest.raises(SystemExit, match="--config=b: .*a.jsonl has no configurations; leave it out"):
         read(tmp_path / "a.jsonl", config="b")
 
@@ -342,7 +344,7 @@ def test_a_full_disk_under_hf_home_is_named(cause, monkeypatch):
         raise datasets.exceptions.DatasetGenerationError("An error occurred") from raised
 
     monkeypatch.setattr(datasets, "load_dataset", full)
-    message = r"HF_HOME=.*: has too little room for some/set \(OSError: [^)]*space[^)]*\); .*--max_tokens"
+    message = r"--source=some/set: .* \(OSError: [^)]*space[^)]*\); HF_HOME=.* is full: .*--max_tokens"
     with pytest.raises(SystemExit, match=message) as error:
         read("some/set")
     assert "Traceback" not in str(error.value)
