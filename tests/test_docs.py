@@ -99,8 +99,7 @@ def one_thread():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_run(page, home, monkeypatch, one_thread):  # noqa: F811
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     os.symlink(f"{ROOT}/config", "config")
     texts = {"text": ["a text of some words"] * 100, "domain": ["words"] * 100}
     datasets.Dataset.from_dict(texts).to_parquet("texts/a.parquet")
