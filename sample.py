@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT
-from support.configurator import UserError, configure
+from support.configurator import UserError, check, configure
 from support.corpus import get_tokenizer, load_meta
 from support.files import load_torch
 from support.processes import check_device
@@ -24,9 +24,7 @@ from support.run_folder import WEIGHTS
 
 @dataclass
 class Knobs:
-    init_from: str = (
-        "resume"  # 'resume': ckpt.pt in out_dir; 'gpt2' (-medium, -large, -xl), a transformers folder, a .pt
-    )
+    init_from: str = "resume"  # ckpt.pt in out_dir; or 'gpt2' (-medium, -large, -xl), a transformers folder, a .pt
     out_dir: str = "out"
     start: str = "\n"  # the text to go on from; FILE:prompt.txt reads it from a file; '': the beginning of a document
     num_samples: int = 10
@@ -41,32 +39,27 @@ class Knobs:
     def __post_init__(self):
         for key in ("num_samples", "max_new_tokens", "top_k", "temperature", "seed"):
             low, value = 0 if key in ("temperature", "seed") else 1, getattr(self, key)
-            if not low <= value < 2**63:
-                raise UserError(f"--{key}={value}: must be at least {low}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype={self.dtype}: expected float32 or bfloat16")
+            check(low <= value < 2**63, f"--{key}={value}: must be at least {low} and below 2**63")
+        check(self.dtype in ("float32", "bfloat16"), f"--dtype={self.dtype}: expected float32 or bfloat16")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(knobs):
     """The model of init_from on its device, in eval mode, and the tokenizer of its corpus."""
     path = os.path.join(knobs.out_dir, "ckpt.pt") if knobs.init_from == "resume" else knobs.init_from
-    name = "gpt2"
     if path.endswith(".pt"):
         mend = "--out_dir takes the folder of a run of train.py, --init_from a ckpt.pt"
         checkpoint = load_torch(path, WEIGHTS, mend)
-        model = GPT.from_checkpoint(checkpoint, path)
-        run = checkpoint.get("knobs")  # nanoGPT's have none
-        if "tokenizer" in checkpoint:
-            name = checkpoint["tokenizer"]
-        elif run:  # those of earlier code do not name it
+        model, name = GPT.from_checkpoint(checkpoint, path), checkpoint.get("tokenizer", "gpt2")
+        if "knobs" in checkpoint and "tokenizer" not in checkpoint:  # of a run of earlier code, not of nanoGPT
+            run = checkpoint["knobs"]
             name = load_meta(os.path.join(run["data_dir"], run["dataset"]))["tokenizer"]
     else:
-        model = GPT.from_pretrained(path)
-    tokenizer = get_tokenizer(name)
-    if model.config.vocab_size < tokenizer.n_vocab:
-        what = f"its vocabulary of {model.config.vocab_size} is not that of the tokenizer '{name}', {tokenizer.n_vocab}"
-        raise UserError(f"{path}: {what}; only models with GPT-2's tokens or train.py's bytes can be read as text")
+        model, name = GPT.from_pretrained(path), "gpt2"
+    tokenizer, size = get_tokenizer(name), model.config.vocab_size
+    what = f"its vocabulary of {size} is not that of the tokenizer '{name}', {tokenizer.n_vocab}"
+    mend = "only models with GPT-2's tokens or train.py's bytes can be read as text"
+    check(size >= tokenizer.n_vocab, f"{path}: {what}; {mend}")
     model.to(knobs.device).eval()
     if knobs.compile:
         model.compile(dynamic=True)
@@ -109,8 +102,7 @@ def main():
     with torch.autocast(knobs.device.split(":")[0], torch.bfloat16, enabled=knobs.dtype == "bfloat16"):
         for _ in range(knobs.num_samples):
             drawn = generate(model, idx, knobs.max_new_tokens, knobs.temperature, knobs.top_k, tokenizer.n_vocab)
-            print(tokenizer.decode(drawn[0].tolist()))
-            print("---------------")
+            print(tokenizer.decode(drawn[0].tolist()), "---------------", sep="\n")
 
 
 if __name__ == "__main__":

@@ -19,51 +19,45 @@ PIECE = 1024  # rows in memory at a time
 def window_rows(scored, T):
     """The scored windows in pieces, each {column: its rows}; tokens start to end - 1 of the split are the window."""
     for first in range(0, len(scored["sample_id"]), PIECE):
-        some = {key: scored[key][first : first + PIECE] for key in ("sample_id", "domain", "value", "visits", "error")}
-        start = some["sample_id"] * T
-        texts = [text_of(window, scored["encoding"]) for window in scored["tokens"].windows(some["sample_id"], T)]
-        domains = [scored["domains"][domain] for domain in some["domain"]]
-        rows = dict(sample_id=some["sample_id"], start=start, end=start + T + 1, text=texts, domain=domains)
-        rows |= dict(value=some["value"], visits=some["visits"], kept=some["value"] >= 0)
-        yield rows | (dict(error=some["error"]) if len(some["error"]) else {})
+        piece = slice(first, first + PIECE)
+        ids = scored["sample_id"][piece]
+        texts = [scored["encoding"].decode(window) for window in scored["tokens"].windows(ids, T).tolist()]
+        domains = [scored["domains"][domain] for domain in scored["domain"][piece]]
+        rows = dict(sample_id=ids, start=ids * T, end=ids * T + T + 1, text=texts, domain=domains)
+        rows |= {key: scored[key][piece] for key in ("value", "visits", "error") if key in scored}
+        yield rows | dict(kept=rows["value"] >= 0)
 
 
 def document_rows(scored, T):
     """The documents with a scored token in pieces, each {column: its rows}; `visits` is the mean over such tokens."""
-    tokens, documents = scored["tokens"], scored["documents"]
-    starts = np.append(documents["start"], len(tokens))
-    sample_id = np.append(scored["sample_id"], -1)
-    before = []  # how many scored windows, the last one in part, predict the tokens before each of the starts
-    for some in np.array_split(starts - 1, len(starts) // 2**16 + 1):
-        window, inside = np.divmod(some, T)
-        place = np.searchsorted(sample_id[:-1], window)
-        before.append(place + (sample_id[place] == window) * inside / T)
-    before = np.concatenate(before)
-    touched, count = np.flatnonzero(np.diff(before) > 0), np.arange(len(sample_id), dtype=float)
-    sums = [np.append(0, np.cumsum(scored[key])) for key in ("value", "visits")]
+    tokens, documents, ids = scored["tokens"], scored["documents"], scored["sample_id"]
+    bounds = np.append(documents["start"], len(tokens))
+    edges = (ids[:, None] * T + [0, T]).ravel()  # the first and last token of each window
+    amounts = dict(value=scored["value"], visits=scored["visits"] * T, scored_tokens=np.full_like(ids, T))
+    sums = {}  # of the documents: that of the tokens grows evenly inside a scored window, and only there
+    for key, amount in amounts.items():
+        total = np.cumsum(np.stack([np.zeros_like(amount), amount], axis=1))
+        sums[key] = np.diff(np.interp(bounds - 1, edges, total))
+    touched = np.flatnonzero(sums["scored_tokens"])
     for first in range(0, len(touched), PIECE):
         some = touched[first : first + PIECE]
-        low, high, start, end = before[some], before[some + 1], starts[some], starts[some + 1]
-        value, visits = (np.interp(high, count, total) - np.interp(low, count, total) for total in sums)
-        texts = [text_of(tokens.span(*ends), scored["encoding"]) for ends in zip(start, end, strict=True)]
+        start, end = bounds[some], bounds[some + 1]
+        texts = [scored["encoding"].decode(tokens.span(*ends).tolist()) for ends in zip(start, end, strict=True)]
         texts = [text.removesuffix("<|endoftext|>") for text in texts]
         domains = [scored["domains"][domain] for domain in documents["domain"][some]]
-        scored_tokens = np.rint((high - low) * T).astype(int)
+        value, visits, scored_tokens = (sums[key][some] for key in amounts)
         rows = dict(document=some, start=start, end=end, text=texts, domain=domains, value=value)
-        yield rows | dict(visits=visits / (high - low), scored_tokens=scored_tokens, kept=value >= 0)
-
-
-def text_of(tokens, encoding):
-    """A window may cut a character: the replacement character stands for what is there of it."""
-    return encoding.decode_bytes(tokens.tolist()).decode("utf-8", errors="replace")
+        rows |= dict(visits=visits / scored_tokens, scored_tokens=scored_tokens.astype(int))
+        yield rows | dict(kept=value >= 0)
 
 
 def read_column(folder, column):
-    """value (n,) of a column of a scored run and its standard error, (n,) or (0,) if unknown, as a dict."""
-    _, value, _ = load_values(folder, column)
+    """{value: (n,)} of a column of a scored run, with its standard error (n,) if that is known."""
+    found = dict(value=load_values(folder, column)[1])
     with np.load(os.path.join(folder, "values.npz"), allow_pickle=False) as arrays:
-        place = list(arrays["columns"]).index(column) if column else 0
-        return dict(value=value, error=arrays["errors"][:, place] if "errors" in arrays else np.empty(0))
+        if "errors" in arrays:
+            found["error"] = arrays["errors"][:, list(arrays["columns"]).index(column) if column else 0]
+    return found
 
 
 def export(file, path, by, scored, T):
@@ -73,12 +67,12 @@ def export(file, path, by, scored, T):
 
     count, kept, writer = 0, 0, None
     with ExitStack() as stack:
-        for piece in dict(window=window_rows, document=document_rows)[by](scored, T):
-            table = pyarrow.table(piece)
+        for rows in dict(window=window_rows, document=document_rows)[by](scored, T):
+            table = pyarrow.table(rows)
             if path.endswith(".jsonl"):
                 file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in table.to_pylist())
             else:
                 writer = writer or stack.enter_context(ParquetWriter(file, table.schema))
                 writer.write_table(table)
-            count, kept = count + len(table), kept + int(piece["kept"].sum())
+            count, kept = count + len(table), kept + int(rows["kept"].sum())
     return count, kept
