@@ -1,8 +1,7 @@
 """
 Text from a trained model, drawn token by token.
 
-    python sample.py --out_dir=out/demo_baseline                                 # from the run's last checkpoint
-    python sample.py --out_dir=out/demo_baseline --start="def " --num_samples=3 --temperature=0.5
+    python sample.py --out_dir=out/demo_baseline --start="def " --num_samples=3  # from the run's last checkpoint
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt --max_new_tokens=100
     python sample.py --help                                                      # the knobs
 """
@@ -15,9 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT
-from support.configurator import UserError, check, configure
+from support.configurator import check, configure
 from support.corpus import get_tokenizer, load_meta
-from support.files import load_torch
+from support.files import load_torch, reading
 from support.processes import check_device
 from support.run_folder import WEIGHTS
 
@@ -80,20 +79,13 @@ def generate(model, idx, max_new_tokens, temperature, top_k, vocab_size):
     return idx
 
 
-def read_start(start):
-    """The text of --start."""
-    if not start.startswith("FILE:"):
-        return start
-    try:
-        with open(start.removeprefix("FILE:"), encoding="utf-8") as file:
-            return file.read()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--start={start}: could not be read ({error})") from error
-
-
 def main():
     knobs = configure(Knobs, sys.argv[1:])
-    start = read_start(knobs.start)
+    start = knobs.start
+    if start.startswith("FILE:"):
+        path = start.removeprefix("FILE:")
+        with reading(path, "--start=FILE:<path> takes a text in UTF-8"), open(path, encoding="utf-8") as file:
+            start = file.read()
     check_device(knobs.device)
     model, tokenizer = load(knobs)
     ids = tokenizer.encode(start, allowed_special={"<|endoftext|>"}) or [tokenizer.eot_token]

@@ -16,39 +16,25 @@ from support.values import load_values
 PIECE = 1024  # rows in memory at a time
 
 
-def window_rows(scored, T):
-    """The scored windows in pieces, each {column: its rows}; tokens start to end - 1 of the split are the window."""
-    for first in range(0, len(scored["sample_id"]), PIECE):
-        piece = slice(first, first + PIECE)
-        ids = scored["sample_id"][piece]
-        texts = [scored["encoding"].decode(window) for window in scored["tokens"].windows(ids, T).tolist()]
-        domains = [scored["domains"][domain] for domain in scored["domain"][piece]]
-        rows = dict(sample_id=ids, start=ids * T, end=ids * T + T + 1, text=texts, domain=domains)
-        rows |= {key: scored[key][piece] for key in ("value", "visits", "error") if key in scored}
-        yield rows | dict(kept=rows["value"] >= 0)
+def windows_of(scored, T):
+    """{column: (n,)} of the scored windows."""
+    start = scored["sample_id"] * T
+    columns = dict(sample_id=scored["sample_id"], start=start, end=start + T + 1, domain=scored["domain"])
+    return columns | {key: scored[key] for key in ("value", "visits", "error") if key in scored}
 
 
-def document_rows(scored, T):
-    """The documents with a scored token in pieces, each {column: its rows}; `visits` is the mean over such tokens."""
-    tokens, documents, ids = scored["tokens"], scored["documents"], scored["sample_id"]
-    bounds = np.append(documents["start"], len(tokens))
-    edges = (ids[:, None] * T + [0, T]).ravel()  # the first and last token of each window
-    amounts = dict(value=scored["value"], visits=scored["visits"] * T, scored_tokens=np.full_like(ids, T))
-    sums = {}  # of the documents: that of the tokens grows evenly inside a scored window, and only there
-    for key, amount in amounts.items():
+def documents_of(scored, T):
+    """{column: (d,)} of the documents that have a scored token; `visits` is the mean over such tokens."""
+    bounds = np.append(scored["documents"]["start"], len(scored["tokens"]))
+    edges = (scored["sample_id"][:, None] * T + [0, T]).ravel()  # the first and last token of each window
+    sums = dict(value=scored["value"], visits=scored["visits"] * T, tokens=np.full_like(scored["visits"], T))
+    for key, amount in sums.items():  # (n,) of the windows, (D,) of the documents
         total = np.cumsum(np.stack([np.zeros_like(amount), amount], axis=1))
-        sums[key] = np.diff(np.interp(bounds - 1, edges, total))
-    touched = np.flatnonzero(sums["scored_tokens"])
-    for first in range(0, len(touched), PIECE):
-        some = touched[first : first + PIECE]
-        start, end = bounds[some], bounds[some + 1]
-        texts = [scored["encoding"].decode(tokens.span(*ends).tolist()) for ends in zip(start, end, strict=True)]
-        texts = [text.removesuffix("<|endoftext|>") for text in texts]
-        domains = [scored["domains"][domain] for domain in documents["domain"][some]]
-        value, visits, scored_tokens = (sums[key][some] for key in amounts)
-        rows = dict(document=some, start=start, end=end, text=texts, domain=domains, value=value)
-        rows |= dict(visits=visits / scored_tokens, scored_tokens=scored_tokens.astype(int))
-        yield rows | dict(kept=value >= 0)
+        sums[key] = np.diff(np.interp(bounds - 1, edges, total))  # it grows evenly inside a window, and only there
+    some = np.flatnonzero(sums["tokens"])
+    value, visits, tokens = (total[some] for total in sums.values())
+    columns = dict(document=some, start=bounds[some], end=bounds[some + 1], domain=scored["documents"]["domain"][some])
+    return columns | dict(value=value, visits=visits / tokens, scored_tokens=tokens.astype(int))
 
 
 def read_column(folder, column):
@@ -61,18 +47,27 @@ def read_column(folder, column):
 
 
 def export(file, path, by, scored, T):
-    """Write the rows to the open binary file, as the ending of `path` says; returns how many, and how many are kept."""
+    """
+    Write the windows or documents to the open binary file, as the ending of `path` says. `kept` is whether a filter
+    keeps one. Returns how many there are, and how many are kept.
+    """
     import pyarrow  # comes with `datasets`
     from pyarrow.parquet import ParquetWriter
 
-    count, kept, writer = 0, 0, None
+    columns, writer = dict(window=windows_of, document=documents_of)[by](scored, T), None
+    columns["kept"] = columns["value"] >= 0
     with ExitStack() as stack:
-        for rows in dict(window=window_rows, document=document_rows)[by](scored, T):
+        for first in range(0, len(columns["kept"]), PIECE):
+            rows = {key: column[first : first + PIECE] for key, column in columns.items()}
+            spans = [scored["tokens"].span(*ends) for ends in zip(rows["start"], rows["end"], strict=True)]
+            rows["domain"] = [scored["domains"][domain] for domain in rows["domain"]]
+            rows["text"] = [scored["encoding"].decode(span.tolist()) for span in spans]
+            if by == "document":
+                rows["text"] = [text.removesuffix("<|endoftext|>") for text in rows["text"]]
             table = pyarrow.table(rows)
             if path.endswith(".jsonl"):
                 file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in table.to_pylist())
             else:
                 writer = writer or stack.enter_context(ParquetWriter(file, table.schema))
                 writer.write_table(table)
-            count, kept = count + len(table), kept + int(rows["kept"].sum())
-    return count, kept
+    return len(columns["kept"]), int(columns["kept"].sum())

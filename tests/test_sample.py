@@ -119,7 +119,7 @@ def test_a_checkpoint_with_gpt2_s_vocabulary_is_read_with_gpt2_s_tokens(tmp_path
         ("--num_samples=0", "--num_samples=0: must be at least 1"),
         ("--max_new_tokens=0", "--max_new_tokens=0: must be at least 1"),
         ("--dtype=float16", "--dtype=float16: expected float32 or bfloat16"),
-        ("--start=FILE:none.txt", "--start=FILE:none.txt: could not be read"),
+        ("--start=FILE:none.txt", "none.txt: no such file; --start=FILE:<path> takes a text"),
         ("--device=abacus", "--device=abacus: no such device here"),
         ("--tempature=1", "did you mean 'temperature'"),
     ],
