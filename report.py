@@ -4,7 +4,6 @@ Runs of train.py -> a table and figures: what a filter saved, and what the value
     python report.py out/baseline                                    # one run: its loss, its values, its windows
     python report.py out/baseline out/control out/filtered           # and what the filter saved against the control
     python report.py out/control_s* out/filtered_s*                  # runs that differ only in their seed: averaged
-    python report.py out/a out/b --reference=out/b --target_loss=3.2 --out=out/report --json
     python report.py out/baseline --export=valued.jsonl              # its windows as text, which a filter keeps
 
 The reference is the control, which draws from the scored windows and rejects none, or else the first run. Its final
@@ -47,12 +46,7 @@ class Run:
     lines: list  # the training lines of metrics.jsonl; plain_ms is step_ms without the validation pass
     has_values: bool
     bits_per_byte: float | None  # of the last evaluation; runs of older code do not tell it
-
-    @property
-    def arm(self):
-        if self.knobs["filter_negative"] or self.knobs["drop_random"] > 0:
-            return "treatment"
-        return "control" if self.knobs["filter_from"] else "plain"
+    arm: str  # 'treatment', 'control' or 'plain'
 
 
 def read_run(folder, test_set="all"):
@@ -62,6 +56,7 @@ def read_run(folder, test_set="all"):
     with reading(config_path, mend), open(config_path, encoding="utf-8") as file:
         config = json.load(file)
         knobs, _, _ = config["knobs"], config["fingerprint"], config["coverage"]
+        treated, drawn = knobs["filter_negative"] or knobs["drop_random"] > 0, knobs["filter_from"]
     losses, lines, bits_per_byte = {}, [], None
     of_set = "" if test_set == "all" else f"_{test_set}"
     with reading(metrics_path, mend), open(metrics_path, encoding="utf-8", errors="replace") as file:
@@ -77,7 +72,8 @@ def read_run(folder, test_set="all"):
     iters, losses = np.array(list(losses)), np.array(list(losses.values()))
     losses[np.isinf(losses)] = np.nan  # no axis can show it
     has_values = os.path.isfile(os.path.join(folder, "values.npz"))
-    return Run(folder, config, knobs, iters, losses, lines, has_values, bits_per_byte)
+    arm = "treatment" if treated else "control" if drawn else "plain"
+    return Run(folder, config, knobs, iters, losses, lines, has_values, bits_per_byte, arm)
 
 
 def group_key(config):
@@ -126,9 +122,8 @@ def first_crossing(iters, losses, target):
 def spread(each):
     """{mean, sd, each} of a number per run; None for one that is absent or not finite, and then for all of them."""
     each = [None if x is None or not np.isfinite(x) else float(x) for x in each]
-    if None in each:
-        return dict(mean=None, sd=None, each=each)
-    return dict(mean=np.mean(each), sd=np.std(each, ddof=1) if len(each) > 1 else None, each=each)
+    known = [] if None in each else each
+    return dict(mean=np.mean(known) if known else None, sd=np.std(known, ddof=1) if len(known) > 1 else None, each=each)
 
 
 def compare(groups, reference, target_loss=None):
@@ -192,9 +187,8 @@ def remarks(rows):
 
 def read_scored(run):
     """
-    What figures and export show of a scored run: sample_id, value, visits (n,) and the log; where its corpus is on this
-    machine, also its tokens, encoding, documents, domains (names), domain (n,), and some windows, as {title: list of
-    (heading, text)}. Raises UserError for another corpus.
+    What figures and export show of a scored run: sample_id, value, visits (n,), the log; if its corpus is here, also
+    tokens, encoding, documents, domains (names), domain (n,), and some windows, {title: list of (heading, text)}.
     """
     sample_id, value, visits = load_values(run.folder)
     scored = dict(sample_id=sample_id, value=value, visits=visits, log=read_log(run.folder))
@@ -247,7 +241,6 @@ def main(argv=None):
     notes = remarks(rows)
     loss = "test loss" if args.test_set == "all" else f"test loss on {args.test_set}"
     goal = f"final {loss} of {reference}" if args.target_loss is None else f"target {loss}"
-
     run = next((run for run in runs.values() if run.has_values), None)
     scored = read_scored(run) if run else {}
     if not scored:

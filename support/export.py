@@ -1,8 +1,8 @@
 """
 The windows that a run valued, or the documents that they were cut from, as a data set for another trainer.
 
-Window i predicts the tokens i*T + 1 to i*T + T. Each of them has 1/T of the window's value, and a document has the sum
-of its tokens' values. A token of a window that was not scored has none.
+Window i predicts the tokens i*T + 1 to i*T + T. Each of them has 1/T of its value, 0 if the window was not scored; a
+document has the sum of its tokens' values.
 """
 
 import json
@@ -39,18 +39,14 @@ def documents_of(scored, T):
 
 def read_column(folder, column):
     """{value: (n,)} of a column of a scored run, with its standard error (n,) if that is known."""
-    found = dict(value=load_values(folder, column)[1])
+    _, value, _ = load_values(folder, column)
     with np.load(os.path.join(folder, "values.npz"), allow_pickle=False) as arrays:
-        if "errors" in arrays:
-            found["error"] = arrays["errors"][:, list(arrays["columns"]).index(column) if column else 0]
-    return found
+        place = list(arrays["columns"]).index(column) if column else 0
+        return dict(value=value) | (dict(error=arrays["errors"][:, place]) if "errors" in arrays else {})
 
 
 def export(file, path, by, scored, T):
-    """
-    Write the windows or documents to the open binary file, as the ending of `path` says. `kept` is whether a filter
-    keeps one. Returns how many there are, and how many are kept.
-    """
+    """Write the rows to the open binary file, as the ending of `path` says: how many, and how many a filter keeps."""
     import pyarrow  # comes with `datasets`
     from pyarrow.parquet import ParquetWriter
 

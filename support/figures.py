@@ -40,15 +40,13 @@ def has_glyph(family, c):
 
 
 def printable(text, families=()):
-    """
-    The text on one line: a line end is ↵, and what does not print is an escape. If it is drawn, with fonts of these
-    `families`, so is what they lack, and a fourth accent on one letter.
-    """
+    """The text on one line: ↵ for a line end, an escape for what does not print or what no font of `families` has."""
     shown, marks = "", 0
     for c in text.replace("\r\n", "↵").replace("\n", "↵"):
         marks = marks + 1 if unicodedata.category(c) == "Mn" else 0
         # isprintable is False for spaces of other scripts and for the joiners that Hindi and emoji are spelt with
         prints = c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d"
+        # a pile of accents would run into the lines above
         drawn = not families or (marks < 4 and any(has_glyph(family, c) for family in families))
         shown += c if prints and drawn else c.encode("unicode_escape").decode()
     return shown
@@ -133,16 +131,17 @@ def draw_domains(ax, value, domain, names):
 
 def draw_over_run(share_ax, value_ax, log):
     """The share of negative draws, and quantiles of the draws' values, in up to 40 stretches of the run."""
-    bins = np.array_split(np.arange(len(log["iter"])), min(40, len(log["iter"])))
-    middle = np.array([log["iter"][bin].mean() for bin in bins])
-    share_ax.plot(middle, [100 * (log["value"][bin] < 0).mean() for bin in bins], color=NEGATIVE["facecolor"])
-    share_ax.set(ylabel="negative\ndraws (%)", ylim=(0, None), xlim=(0, log["iter"][-1] + 1))
-    q = np.stack([np.percentile(1e6 * log["value"][bin], [5, 25, 50, 75, 95]) for bin in bins], 1)
+    end = len(log["iter"])
+    iters, values = (np.array_split(log[key], min(40, end)) for key in ("iter", "value"))
+    middle = [part.mean() for part in iters]
+    share_ax.plot(middle, [100 * (part < 0).mean() for part in values], color=NEGATIVE["facecolor"])
+    share_ax.set(ylabel="negative\ndraws (%)", ylim=(0, None), xlim=(0, end))
+    q = np.stack([np.percentile(1e6 * part, [5, 25, 50, 75, 95]) for part in values], 1)
     value_ax.fill_between(middle, q[0], q[4], color="#d6e4f1", linewidth=0, label="5th to 95th percentile")
     value_ax.fill_between(middle, q[1], q[3], color="#7fa8d1", linewidth=0, label="quartiles")
     value_ax.plot(middle, q[2], color="black", label="median")
     value_ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
-    value_ax.set(xlabel="iteration", ylabel="value of a draw\n(10⁻⁶ nats)", xlim=(0, log["iter"][-1] + 1))
+    value_ax.set(xlabel="iteration", ylabel="value of a draw\n(10⁻⁶ nats)", xlim=(0, end))
     value_ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98), borderpad=0)
 
 
@@ -185,11 +184,11 @@ def draw_figures(rows, loss, goal, scored):
             picture = io.BytesIO()
             fig.savefig(picture, format="png")
             made[name] = picture.getvalue()
-    lines = []
+    parts = []
     for title, side in windows.items():
-        lines += [title, *(f"{heading}\n    " + text.replace("↵", "↵\n    ") for heading, text in side)]
+        parts += [title, *(f"{heading}\n    " + text.replace("↵", "↵\n    ") for heading, text in side)]
     if windows:
-        made["windows.txt"] = "\n\n".join([*lines, ""]).encode()
+        made["windows.txt"] = "".join(f"{part}\n\n" for part in parts).encode()
     return made
 
 

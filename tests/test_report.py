@@ -385,6 +385,11 @@ def test_values_come_from_the_first_run_that_has_them(no_figures, capsys, corpus
     assert "Values in the figures: out/baseline, " in notes
 
 
+def test_the_time_of_a_step_with_and_without_its_validation_pass_is_told():
+    *_, line = report.read_run(make_run("out/run", [5, 4, 3], scored=True)).lines
+    assert (line["step_ms"], line["val_ms"], line["plain_ms"]) == (141.0, 20.0, 121.0)
+
+
 def test_without_scores_there_are_no_value_figures(capsys):
     make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
     _, notes = printed(capsys, "out/control")
