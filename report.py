@@ -57,21 +57,21 @@ def read_run(folder, test_set="all"):
         config = json.load(file)
         knobs, _, _ = config["knobs"], config["fingerprint"], config["coverage"]
         treated, drawn = knobs["filter_negative"] or knobs["drop_random"] > 0, knobs["filter_from"]
-    losses, lines, bits_per_byte = {}, [], None
     of_set = "" if test_set == "all" else f"_{test_set}"
     with reading(metrics_path, mend), open(metrics_path, encoding="utf-8", errors="replace") as file:
         texts = file.read().split("\n")[:-1]  # train.py may be writing the last line
-        for line in json.loads("[" + ",\n".join(texts) + "]"):  # as one array: an error tells the line
-            if f"test_loss{of_set}" in line:
-                losses[int(line["iter"])] = float(line[f"test_loss{of_set}"])
-                bits_per_byte = line.get(f"test_bpb{of_set}")
-            elif "test_loss" not in line:
-                lines.append(line | dict(plain_ms=line["step_ms"] - line.get("val_ms", 0)))
+        lines = json.loads("[" + ",\n".join(texts) + "]")  # as one array: an error tells the line
+        evaluations = [line for line in lines if f"test_loss{of_set}" in line]
+        iters = np.array([line["iter"] for line in evaluations])
+        losses = np.array([float(line[f"test_loss{of_set}"]) for line in evaluations])
+        lines = [line for line in lines if "test_loss" not in line]
+        lines = [line | dict(plain_ms=line["step_ms"] - line.get("val_ms", 0)) for line in lines]
     mend = f"--test_set={test_set} needs a run with --val_sets=all,{test_set}" if of_set else mend
-    check(losses, f"{metrics_path}: {len(lines)} training lines and no evaluation with a test_loss{of_set}; {mend}")
-    iters, losses = np.array(list(losses)), np.array(list(losses.values()))
+    check(
+        evaluations, f"{metrics_path}: {len(lines)} training lines and no evaluation with a test_loss{of_set}; {mend}"
+    )
     losses[np.isinf(losses)] = np.nan  # no axis can show it
-    has_values = os.path.isfile(os.path.join(folder, "values.npz"))
+    has_values, bits_per_byte = os.path.isfile(f"{folder}/values.npz"), evaluations[-1].get(f"test_bpb{of_set}")
     arm = "treatment" if treated else "control" if drawn else "plain"
     return Run(folder, config, knobs, iters, losses, lines, has_values, bits_per_byte, arm)
 

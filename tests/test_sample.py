@@ -97,9 +97,7 @@ def test_the_start_is_read_from_a_file_and_may_be_empty(run, capsys, tmp_path):
     assert sampled(capsys, f"--out_dir={run} --start=FILE:{tmp_path}/prompt.txt").startswith("two\nlines")
     assert sampled(capsys, f"--out_dir={run} --start=").startswith("<|endoftext|>")
     (tmp_path / "picture.jpg").write_bytes(b"\xff\xd8")
-    with pytest.raises(
-        SystemExit, match="picture.jpg: .*UnicodeDecodeError.*--start=FILE:<path> takes a text in UTF-8"
-    ):
+    with pytest.raises(SystemExit, match="picture.jpg: .*UnicodeDecodeError.*=FILE:<path> takes a text in UTF-8"):
         sampled(capsys, f"--out_dir={run} --start=FILE:{tmp_path}/picture.jpg")
 
 
