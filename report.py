@@ -57,23 +57,21 @@ def read_run(folder, test_set="all"):
         config = json.load(file)
         knobs, _, _ = config["knobs"], config["fingerprint"], config["coverage"]
         treated, drawn = knobs["filter_negative"] or knobs["drop_random"] > 0, knobs["filter_from"]
-    of_set = "" if test_set == "all" else f"_{test_set}"
+    key = "test_loss" if test_set == "all" else f"test_loss_{test_set}"
     with reading(metrics_path, mend), open(metrics_path, encoding="utf-8", errors="replace") as file:
         texts = file.read().split("\n")[:-1]  # train.py may be writing the last line
         lines = json.loads("[" + ",\n".join(texts) + "]")  # as one array: an error tells the line
-        evaluations = [line for line in lines if f"test_loss{of_set}" in line]
-        iters = np.array([line["iter"] for line in evaluations])
-        losses = np.array([float(line[f"test_loss{of_set}"]) for line in evaluations])
+        found = {line["iter"]: float(line[key]) for line in lines if key in line}
+        bits = [line.get(key.replace("loss", "bpb", 1)) for line in lines if key in line]
         lines = [line for line in lines if "test_loss" not in line]
         lines = [line | dict(plain_ms=line["step_ms"] - line.get("val_ms", 0)) for line in lines]
-    mend = f"--test_set={test_set} needs a run with --val_sets=all,{test_set}" if of_set else mend
-    check(
-        evaluations, f"{metrics_path}: {len(lines)} training lines and no evaluation with a test_loss{of_set}; {mend}"
-    )
+    mend = mend if test_set == "all" else f"--test_set={test_set} needs a run with --val_sets=all,{test_set}"
+    check(found, f"{metrics_path}: {len(lines)} training lines and no evaluation with a {key}; {mend}")
+    iters, losses = np.array(list(found)), np.array(list(found.values()))
     losses[np.isinf(losses)] = np.nan  # no axis can show it
-    has_values, bits_per_byte = os.path.isfile(f"{folder}/values.npz"), evaluations[-1].get(f"test_bpb{of_set}")
+    has_values = os.path.isfile(os.path.join(folder, "values.npz"))
     arm = "treatment" if treated else "control" if drawn else "plain"
-    return Run(folder, config, knobs, iters, losses, lines, has_values, bits_per_byte, arm)
+    return Run(folder, config, knobs, iters, losses, lines, has_values, bits[-1], arm)
 
 
 def group_key(config):
