@@ -4,18 +4,15 @@ Runs of train.py -> a table and figures: what a filter saved, and what the value
     python report.py out/baseline                                    # one run: its loss, its values, its windows
     python report.py out/baseline out/control out/filtered           # and what the filter saved against the control
     python report.py out/control_s* out/filtered_s*                  # runs that differ only in their seed: averaged
-    python report.py out/a out/b --reference=out/b --target_loss=3.2 --out=out/report --json
     python report.py out/baseline --export=valued.jsonl              # its windows as text, which a filter keeps
 
-The reference is the control, which draws from the scored windows and rejects none; without a control it is the first
-run. Its final test loss is the target. A run reaches the target at its first evaluation at or below it, interpolated
-linearly from the evaluation before; so does the reference. `saved` is the share of the reference's iterations that a
-run does not need. It is compared with the reference of its own seed; without one, with the first reference. The
-iterations of the run that scored the windows are not counted.
+The reference is the control, which draws from the scored windows and rejects none, or else the first run. Its final
+test loss is the target. A run, the reference too, reaches it at its first evaluation at or below it, interpolated
+linearly from the one before. `saved` is the share of the iterations of the reference of the same seed, or else of the
+first one, that a run does not need. The iterations of the run that scored the windows are not counted.
 """
 
 import argparse
-import codecs
 import json
 import os
 import re
@@ -26,11 +23,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from support.configurator import UserError, check
+from support.configurator import check
 from support.corpus import get_tokenizer, load_meta, open_split, window_domains
 from support.export import export, read_column
 from support.figures import number, printable, write_figures
-from support.files import atomic_write
+from support.files import atomic_write, reading
 from support.run_folder import FREE_KNOBS
 from support.values import load_values, read_log
 
@@ -46,51 +43,35 @@ class Run:
     knobs: dict
     iters: np.ndarray  # (e,) iterations before each evaluation
     losses: np.ndarray  # (e,) test losses, nats per token
-    lines: list  # the training lines of metrics.jsonl
+    lines: list  # the training lines of metrics.jsonl; plain_ms is step_ms without the validation pass
     has_values: bool
     bits_per_byte: float | None  # of the last evaluation; runs of older code do not tell it
-
-    @property
-    def arm(self):
-        if self.knobs["filter_negative"] or self.knobs["drop_random"] > 0:
-            return "treatment"
-        return "control" if self.knobs["filter_from"] else "plain"
+    arm: str  # 'treatment', 'control' or 'plain'
 
 
 def read_run(folder, test_set="all"):
-    """
-    The run in `folder`, with its losses on the whole test split or on `test_set`, one of its val_sets. Raises UserError
-    where the folder holds no run, a file is damaged or nothing was evaluated.
-    """
+    """The run in `folder`, its losses on `test_set`, 'all' or one of its val_sets. Raises UserError if it is none."""
     config_path, metrics_path = os.path.join(folder, "config.json"), os.path.join(folder, "metrics.jsonl")
-    mend = f"go on with it, python train.py ... --init_from=resume --out_dir={folder}, or train it anew"
-    losses, lines, bits_per_byte, where = {}, [], None, config_path
-    of_set = "" if test_set == "all" else f"_{test_set}"
-    key = f"test_loss{of_set}"
-    try:
-        with open(config_path, encoding="utf-8") as file:
-            config = json.load(file)
+    mend = f"train a run there, python train.py config/<...>.py --out_dir={folder}, or go on with --init_from=resume"
+    with reading(config_path, mend), open(config_path, encoding="utf-8") as file:
+        config = json.load(file)
         knobs, _, _ = config["knobs"], config["fingerprint"], config["coverage"]
-        with open(metrics_path, encoding="utf-8", errors="replace") as file:
-            for n, text in enumerate(file.read().split("\n")[:-1], 1):  # train.py may be writing the last line
-                where = f"{metrics_path}, line {n}"
-                line = json.loads(text)
-                if key in line:
-                    losses[int(line["iter"])] = float(line[key])
-                    bits_per_byte = line.get(f"test_bpb{of_set}")
-                elif "test_loss" not in line:
-                    lines.append(line | {"step_ms": line["step_ms"] - line.get("val_ms", 0)})
-    except (FileNotFoundError, NotADirectoryError) as error:
-        found = f"{error.filename}: no such file, so {folder} is not the folder of a run"
-        raise UserError(f"{found}; train it with python train.py config/<...>.py --out_dir={folder}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: not what train.py writes ({type(error).__name__}: {error}); {mend}") from error
+        treated, drawn = knobs["filter_negative"] or knobs["drop_random"] > 0, knobs["filter_from"]
+    key = "test_loss" if test_set == "all" else f"test_loss_{test_set}"
+    with reading(metrics_path, mend), open(metrics_path, encoding="utf-8", errors="replace") as file:
+        texts = file.read().split("\n")[:-1]  # train.py may be writing the last line
+        lines = json.loads("[" + ",\n".join(texts) + "]")  # as one array: an error tells the line
+        found = {line["iter"]: float(line[key]) for line in lines if key in line}
+        bits = [line.get(key.replace("loss", "bpb", 1)) for line in lines if key in line]
+        lines = [line for line in lines if "test_loss" not in line]
+        lines = [line | dict(plain_ms=line["step_ms"] - line.get("val_ms", 0)) for line in lines]
     mend = mend if test_set == "all" else f"--test_set={test_set} needs a run with --val_sets=all,{test_set}"
-    check(losses, f"{metrics_path}: {len(lines)} training lines and no evaluation with a {key}; {mend}")
-    iters, losses = np.array(list(losses)), np.array(list(losses.values()))
+    check(found, f"{metrics_path}: {len(lines)} training lines and no evaluation with a {key}; {mend}")
+    iters, losses = np.array(list(found)), np.array(list(found.values()))
     losses[np.isinf(losses)] = np.nan  # no axis can show it
-    has_values = knobs["score"] and os.path.isfile(os.path.join(folder, "values.npz"))
-    return Run(folder, config, knobs, iters, losses, lines, has_values, bits_per_byte)
+    has_values = os.path.isfile(os.path.join(folder, "values.npz"))
+    arm = "treatment" if treated else "control" if drawn else "plain"
+    return Run(folder, config, knobs, iters, losses, lines, has_values, bits[-1], arm)
 
 
 def group_key(config):
@@ -119,11 +100,11 @@ def group_runs(runs):
 
 def group_name(folders):
     """A folder's own name; for control_s1, control_s2, or for s1 and s2 in a folder control, 'control'."""
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    if len(names) > 1:
-        shared = re.sub(r"(^|[_.-]+)(seed|s)?[_.-]*\d*$", "", os.path.commonprefix(names))
-        names = [shared or os.path.basename(os.path.dirname(os.path.abspath(folders[0])))]
-    return names[0].lstrip("_")  # a legend leaves out names that begin with _
+    folders = [os.path.abspath(folder) for folder in folders]
+    name = os.path.commonprefix([os.path.basename(folder) for folder in folders])
+    if len(folders) > 1:
+        name = re.sub(r"(^|[_.-]+)(seed|s)?[_.-]*\d*$", "", name) or os.path.basename(os.path.dirname(folders[0]))
+    return name.lstrip("_")  # a legend leaves out names that begin with _
 
 
 def first_crossing(iters, losses, target):
@@ -144,10 +125,7 @@ def spread(each):
 
 
 def compare(groups, reference, target_loss=None):
-    """
-    A row of the table for each group: what its runs are, and the `spread` of their numbers. Losses in nats per token,
-    shares as fractions, times in ms. Raises UserError where a reference's loss is not finite.
-    """
+    """A row for each group: what its runs are, and the `spread` of their numbers. Shares are fractions, times in ms."""
     by_seed = {run.knobs["seed"]: run for run in groups[reference]}
     rows = []
     for group, runs in groups.items():
@@ -159,11 +137,10 @@ def compare(groups, reference, target_loss=None):
             iterations, whole = (first_crossing(one.iters, one.losses, target) for one in (run, theirs))
             saved = 1 - iterations / whole if iterations is not None and whole else None
             found = dict(target=target, iterations=iterations, saved=saved, final_loss=run.losses[-1])
-            found["bits_per_byte"] = run.bits_per_byte
-            found["negative_windows"] = np.mean(load_values(run.folder)[1] < 0) if run.has_values else None
-            for key, name in dict(step_ms="step_ms", validation_ms="val_ms").items():
-                times = [line[name] for line in run.lines if name in line]
-                found[key] = np.median(times) if times else None
+            negative = np.mean(load_values(run.folder)[1] < 0) if run.has_values else None
+            found |= dict(bits_per_byte=run.bits_per_byte, negative_windows=negative)
+            for key, name in dict(step_ms="plain_ms", validation_ms="val_ms").items():
+                found[key] = np.median([line.get(name, np.nan) for line in run.lines] or np.nan)
             numbers.append(found)
         row = dict(name=group, reference=group == reference, arm=runs[0].arm, coverage=runs[0].config["coverage"])
         row |= dict(runs=runs, folders=[run.folder for run in runs], seeds=[run.knobs["seed"] for run in runs])
@@ -182,9 +159,9 @@ def table(rows, loss, goal):
         saved = "reference" if row["reference"] else number(row["saved"], ".1%")
         line = [row["name"], str(len(each)), number(row["iterations"], ",.0f", "not reached" + some), saved]
         line += [number(row["final_loss"], ".4f", "nan"), number(row["bits_per_byte"], ".4f")]
-        line += [number(row["negative_windows"], ".1%")]
-        counts = "{eligible:,} / {scored:,} / {corpus:,}"
-        line += [counts.format(**cover), f"{cover['touchable']:.0%}"] if cover else ["–", "–"]
+        line += [number(row["negative_windows"], ".1%"), "–", "–"]
+        if cover:
+            line[-2:] = "{eligible:,} / {scored:,} / {corpus:,}".format(**cover), f"{cover['touchable']:.0%}"
         lines.append([*line, number(row["step_ms"], ".1f"), number(row["validation_ms"], ".1f")])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -208,9 +185,8 @@ def remarks(rows):
 
 def read_scored(run):
     """
-    What figures and export show of a scored run: sample_id, value, visits (n,) and the log; where its corpus is on this
-    machine, also its tokens, encoding, documents, domains (names), domain (n,), and the windows `highest` and `lowest`
-    as (heading, text). Raises UserError for another corpus.
+    What figures and export show of a scored run: sample_id, value, visits (n,), the log; if its corpus is here, also
+    tokens, encoding, documents, domains (names), domain (n,), and some windows, {title: list of (heading, text)}.
     """
     sample_id, value, visits = load_values(run.folder)
     scored = dict(sample_id=sample_id, value=value, visits=visits, log=read_log(run.folder))
@@ -226,13 +202,12 @@ def read_scored(run):
     scored |= dict(tokens=tokens, encoding=encoding, domains=meta["domains"], domain=domain)
     scored["documents"] = np.load(os.path.join(folder, "train_docs.npy"), mmap_mode="r")
     order = np.argsort(value, kind="stable")
-    for side, chosen in dict(highest=order[::-1][:5], lowest=order[:5]).items():
-        scored[side] = []
+    scored["windows"] = {"Highest values": [], "Lowest values": []}
+    for shown, chosen in zip(scored["windows"].values(), (order[::-1][:5], order[:5]), strict=True):
         for i, window in zip(chosen, tokens.windows(sample_id[chosen], T).tolist(), strict=True):
             nats = f"{value[i]:+.2e} nats in {visits[i]} visit{'s' * int(visits[i] != 1)}".replace("-", "−")
-            heading = f"{nats}, window {sample_id[i]}, {meta['domains'][scored['domain'][i]]}"
-            text = encoding.decode_bytes(window).decode("utf-8", errors="backslashreplace")
-            scored[side].append((printable(heading), printable(text)))
+            heading = f"{nats}, window {sample_id[i]}, {meta['domains'][domain[i]]}"
+            shown.append((printable(heading), printable(encoding.decode(window, errors="backslashreplace"))))
     return scored
 
 
@@ -251,10 +226,10 @@ def main(argv=None):
     fits = not args.export or (args.export.endswith((".jsonl", ".parquet")) and not os.path.isdir(args.export))
     check(fits, f"--export={args.export}: expected a file whose name ends in .jsonl or .parquet")
     runs = {os.path.realpath(folder): read_run(folder, args.test_set) for folder in args.runs}
-    first = next(iter(runs.values()))
-    for run in runs.values():
-        same = run.config["fingerprint"] == first.config["fingerprint"]
-        check(same, f"{first.folder} and {run.folder} were trained on different corpora; report each by itself")
+    first, *others = runs.values()
+    for run in others:
+        what = f"{first.folder} and {run.folder} were trained on different corpora; report each by itself"
+        check(run.config["fingerprint"] == first.config["fingerprint"], what)
     controls = [path for path, run in runs.items() if run.arm == "control"]
     chosen = os.path.realpath(args.reference) if args.reference else [*controls, *runs][0]
     check(chosen in runs, f"--reference={args.reference}: not among the runs; add it to them")
@@ -264,16 +239,15 @@ def main(argv=None):
     notes = remarks(rows)
     loss = "test loss" if args.test_set == "all" else f"test loss on {args.test_set}"
     goal = f"final {loss} of {reference}" if args.target_loss is None else f"target {loss}"
-
     run = next((run for run in runs.values() if run.has_values), None)
     scored = read_scored(run) if run else {}
     if not scored:
         notes.append("No run has values (values.npz of a run with --score=True that has ended): no value figures.")
     else:
         notes.append(f"Values in the figures: {run.folder}, column {scored['log']['directions'][0]}.")
-    if scored and "domain" not in scored:
-        notes.append(f"The corpus {run.knobs['dataset']} is not here, so there are no domains and no windows as text.")
-    check(not args.export or "domain" in scored, f"--export={args.export}: {notes[-1]}")
+        if "windows" not in scored:
+            notes.append(f"The corpus {run.knobs['dataset']} is not here: no domains and no windows as text.")
+    check(not args.export or "windows" in scored, f"--export={args.export}: {notes[-1]}")
     exported = scored | read_column(run.folder, args.filter_column) if args.export else {}
     # opened first, so that nothing is written where the export cannot be
     with atomic_write(args.export, f".{os.getpid()}") if args.export else nullcontext() as file:
@@ -290,14 +264,6 @@ def main(argv=None):
         print(table(rows, loss, goal), "", *notes, f"Figures: {args.out}", sep="\n")
 
 
-def stand_in(error):
-    """For a stream whose encoding lacks a character: an ASCII one, or its escape."""
-    stand_ins = {"–": "-", "−": "-", "±": "+-"}
-    lacking = error.object[error.start : error.end]
-    return "".join(stand_ins.get(c, c.encode("unicode_escape").decode()) for c in lacking), error.end
-
-
 if __name__ == "__main__":
-    codecs.register_error("stand_in", stand_in)
-    sys.stdout.reconfigure(errors="stand_in")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack a character
     main()

@@ -1,8 +1,8 @@
 """
 The windows that a run valued, or the documents that they were cut from, as a data set for another trainer.
 
-Window i predicts the tokens i*T + 1 to i*T + T. Each of them has 1/T of the window's value, and a document has the sum
-of its tokens' values. A token of a window that was not scored has none.
+Window i predicts the tokens i*T + 1 to i*T + T. Each of them has 1/T of its value, 0 if the window was not scored; a
+document has the sum of its tokens' values.
 """
 
 import json
@@ -16,69 +16,54 @@ from support.values import load_values
 PIECE = 1024  # rows in memory at a time
 
 
-def window_rows(scored, T):
-    """The scored windows in pieces, each {column: its rows}; tokens start to end - 1 of the split are the window."""
-    for first in range(0, len(scored["sample_id"]), PIECE):
-        some = {key: scored[key][first : first + PIECE] for key in ("sample_id", "domain", "value", "visits", "error")}
-        start = some["sample_id"] * T
-        texts = [text_of(window, scored["encoding"]) for window in scored["tokens"].windows(some["sample_id"], T)]
-        domains = [scored["domains"][domain] for domain in some["domain"]]
-        rows = dict(sample_id=some["sample_id"], start=start, end=start + T + 1, text=texts, domain=domains)
-        rows |= dict(value=some["value"], visits=some["visits"], kept=some["value"] >= 0)
-        yield rows | (dict(error=some["error"]) if len(some["error"]) else {})
+def windows_of(scored, T):
+    """{column: (n,)} of the scored windows."""
+    start = scored["sample_id"] * T
+    columns = dict(sample_id=scored["sample_id"], start=start, end=start + T + 1, domain=scored["domain"])
+    return columns | {key: scored[key] for key in ("value", "visits", "error") if key in scored}
 
 
-def document_rows(scored, T):
-    """The documents with a scored token in pieces, each {column: its rows}; `visits` is the mean over such tokens."""
-    tokens, documents = scored["tokens"], scored["documents"]
-    starts = np.append(documents["start"], len(tokens))
-    sample_id = np.append(scored["sample_id"], -1)
-    before = []  # how many scored windows, the last one in part, predict the tokens before each of the starts
-    for some in np.array_split(starts - 1, len(starts) // 2**16 + 1):
-        window, inside = np.divmod(some, T)
-        place = np.searchsorted(sample_id[:-1], window)
-        before.append(place + (sample_id[place] == window) * inside / T)
-    before = np.concatenate(before)
-    touched, count = np.flatnonzero(np.diff(before) > 0), np.arange(len(sample_id), dtype=float)
-    sums = [np.append(0, np.cumsum(scored[key])) for key in ("value", "visits")]
-    for first in range(0, len(touched), PIECE):
-        some = touched[first : first + PIECE]
-        low, high, start, end = before[some], before[some + 1], starts[some], starts[some + 1]
-        value, visits = (np.interp(high, count, total) - np.interp(low, count, total) for total in sums)
-        texts = [text_of(tokens.span(*ends), scored["encoding"]) for ends in zip(start, end, strict=True)]
-        texts = [text.removesuffix("<|endoftext|>") for text in texts]
-        domains = [scored["domains"][domain] for domain in documents["domain"][some]]
-        scored_tokens = np.rint((high - low) * T).astype(int)
-        rows = dict(document=some, start=start, end=end, text=texts, domain=domains, value=value)
-        yield rows | dict(visits=visits / (high - low), scored_tokens=scored_tokens, kept=value >= 0)
-
-
-def text_of(tokens, encoding):
-    """A window may cut a character: the replacement character stands for what is there of it."""
-    return encoding.decode_bytes(tokens.tolist()).decode("utf-8", errors="replace")
+def documents_of(scored, T):
+    """{column: (d,)} of the documents that have a scored token; `visits` is the mean over such tokens."""
+    bounds = np.append(scored["documents"]["start"], len(scored["tokens"]))
+    edges = (scored["sample_id"][:, None] * T + [0, T]).ravel()  # the first and last token of each window
+    sums = dict(value=scored["value"], visits=scored["visits"] * T, tokens=np.full_like(scored["visits"], T))
+    for key, amount in sums.items():  # (n,) of the windows, (D,) of the documents
+        total = np.cumsum(np.stack([np.zeros_like(amount), amount], axis=1))
+        sums[key] = np.diff(np.interp(bounds - 1, edges, total))  # it grows evenly inside a window, and only there
+    some = np.flatnonzero(sums["tokens"])
+    value, visits, tokens = (total[some] for total in sums.values())
+    columns = dict(document=some, start=bounds[some], end=bounds[some + 1], domain=scored["documents"]["domain"][some])
+    return columns | dict(value=value, visits=visits / tokens, scored_tokens=tokens.astype(int))
 
 
 def read_column(folder, column):
-    """value (n,) of a column of a scored run and its standard error, (n,) or (0,) if unknown, as a dict."""
+    """{value: (n,)} of a column of a scored run, with its standard error (n,) if that is known."""
     _, value, _ = load_values(folder, column)
     with np.load(os.path.join(folder, "values.npz"), allow_pickle=False) as arrays:
         place = list(arrays["columns"]).index(column) if column else 0
-        return dict(value=value, error=arrays["errors"][:, place] if "errors" in arrays else np.empty(0))
+        return dict(value=value) | (dict(error=arrays["errors"][:, place]) if "errors" in arrays else {})
 
 
 def export(file, path, by, scored, T):
-    """Write the rows to the open binary file, as the ending of `path` says; returns how many, and how many are kept."""
+    """Write the rows to the open binary file, as the ending of `path` says: how many, and how many a filter keeps."""
     import pyarrow  # comes with `datasets`
     from pyarrow.parquet import ParquetWriter
 
-    count, kept, writer = 0, 0, None
+    columns, writer = dict(window=windows_of, document=documents_of)[by](scored, T), None
+    columns["kept"] = columns["value"] >= 0
     with ExitStack() as stack:
-        for piece in dict(window=window_rows, document=document_rows)[by](scored, T):
-            table = pyarrow.table(piece)
+        for first in range(0, len(columns["kept"]), PIECE):
+            rows = {key: column[first : first + PIECE] for key, column in columns.items()}
+            spans = [scored["tokens"].span(*ends) for ends in zip(rows["start"], rows["end"], strict=True)]
+            rows["domain"] = [scored["domains"][domain] for domain in rows["domain"]]
+            rows["text"] = [scored["encoding"].decode(span.tolist()) for span in spans]
+            if by == "document":
+                rows["text"] = [text.removesuffix("<|endoftext|>") for text in rows["text"]]
+            table = pyarrow.table(rows)
             if path.endswith(".jsonl"):
                 file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in table.to_pylist())
             else:
                 writer = writer or stack.enter_context(ParquetWriter(file, table.schema))
                 writer.write_table(table)
-            count, kept = count + len(table), kept + int(piece["kept"].sum())
-    return count, kept
+    return len(columns["kept"]), int(columns["kept"].sum())

@@ -19,6 +19,7 @@ RC |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": 
 RC |= {"axes.formatter.useoffset": False, "figure.constrained_layout.h_pad": 0.08}
 # A reader can tell the runs apart in grey too: by dashes and markers.
 COMPARED = [("#0064b0", "-", "o"), ("#d9730d", "-.", "s"), ("#2f9e6e", (0, (1, 1)), "^"), ("#b06ab3", (0, (6, 2)), "D")]
+HEIGHTS = dict(loss=3.9, histogram=3.0, share=1.1, quantiles=1.9, windows=3.0)  # of panels, inches
 DOTTED = dict(color="0.35", linewidth=0.8, linestyle=(0, (1, 2)))
 NEGATIVE = dict(facecolor="#b2432f", edgecolor="white", hatch="/////", linewidth=0)
 POSITIVE = dict(facecolor="#a9c7e4", linewidth=0)
@@ -28,7 +29,7 @@ def number(cell, form, absent="–"):
     """'12.3 ± 0.4%' of {mean, sd}, `absent` if there is no mean."""
     if cell["mean"] is None:
         return absent
-    sd = f" ± {cell['sd']:{form.lstrip('+')}}" if cell["sd"] is not None else ""
+    sd = f" ± {cell['sd']:{form}}" if cell["sd"] is not None else ""
     return f"{cell['mean']:{form}}{sd}".replace("% ±", " ±").replace("-", "−")
 
 
@@ -39,15 +40,13 @@ def has_glyph(family, c):
 
 
 def printable(text, families=()):
-    """
-    The text on one line: a line end is ↵, and what does not print is an escape. If it is drawn, with fonts of these
-    `families`, so is what they lack, and a fourth accent on one letter.
-    """
+    """The text on one line: ↵ for a line end, an escape for what does not print or what no font of `families` has."""
     shown, marks = "", 0
     for c in text.replace("\r\n", "↵").replace("\n", "↵"):
         marks = marks + 1 if unicodedata.category(c) == "Mn" else 0
         # isprintable is False for spaces of other scripts and for the joiners that Hindi and emoji are spelt with
         prints = c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d"
+        # a pile of accents would run into the lines above
         drawn = not families or (marks < 4 and any(has_glyph(family, c) for family in families))
         shown += c if prints and drawn else c.encode("unicode_escape").decode()
     return shown
@@ -56,11 +55,10 @@ def printable(text, families=()):
 def families_for(text):
     """DejaVu Sans, and other fonts of this system that have what it lacks of `text`."""
     families, missing = ["DejaVu Sans"], {c for c in printable(text) if not has_glyph("DejaVu Sans", c)}
-    installed = set(font_manager.get_font_names()) - {"Last Resort High-Efficiency"}  # a box for every character
-    for family in sorted(installed):
-        drawn = {c for c in missing if has_glyph(family, c)}
-        families += [family] if drawn else []
-        missing -= drawn
+    for family in sorted(set(font_manager.get_font_names()) - {"Last Resort High-Efficiency"}):  # which has boxes
+        if any(has_glyph(family, c) for c in missing):
+            families.append(family)
+            missing = {c for c in missing if not has_glyph(family, c)}
     return families
 
 
@@ -79,8 +77,8 @@ def draw_loss(ax, rows, loss, goal):
     marked = [row for row in others if row["arm"] == "treatment"] or others
     target = low = high = reference["target"]["mean"]
     for row in rows:
-        iters = np.array(sorted(set.intersection(*(set(run.iters) for run in row["runs"]))))
-        losses = np.stack([run.losses[np.searchsorted(run.iters, iters)] for run in row["runs"]])
+        iters = min((run.iters for run in row["runs"]), key=len)  # some may not have ended
+        losses = np.stack([run.losses[: len(iters)] for run in row["runs"]])
         mean, sd = losses.mean(0), losses.std(0, ddof=min(1, len(losses) - 1))
         color, dashes, marker = ("black", "--", None) if row is reference else ("0.62", "-", None)
         label = row["name"] + " (reference)" * (row is reference) + f", {len(losses)} seeds ± sd" * (len(losses) > 1)
@@ -99,8 +97,7 @@ def draw_loss(ax, rows, loss, goal):
         if begin and end is not None:
             low -= step
             ax.vlines([begin, end], low, target, **DOTTED)
-            arrow = dict(arrowstyle="-|>", shrinkA=0, shrinkB=0)
-            ax.annotate("", (end, low), (begin, low), arrowprops=arrow)
+            ax.annotate("", (end, low), (begin, low), arrowprops=dict(arrowstyle="-|>", shrinkA=0, shrinkB=0))
     ax.set(xlabel="iteration", ylabel=f"{loss} (nats per token)", xlim=(0, None), ylim=(low - step, high + step))
     ax.legend(loc="upper right")
 
@@ -134,48 +131,46 @@ def draw_domains(ax, value, domain, names):
 
 def draw_over_run(share_ax, value_ax, log):
     """The share of negative draws, and quantiles of the draws' values, in up to 40 stretches of the run."""
-    bins = np.array_split(np.arange(len(log["iter"])), min(40, len(log["iter"])))
-    middle = np.array([log["iter"][bin].mean() for bin in bins])
-    share_ax.plot(middle, [100 * (log["value"][bin] < 0).mean() for bin in bins], color=NEGATIVE["facecolor"])
-    share_ax.set(ylabel="negative\ndraws (%)", ylim=(0, None), xlim=(0, log["iter"][-1] + 1))
-    q = np.stack([np.percentile(1e6 * log["value"][bin], [5, 25, 50, 75, 95]) for bin in bins], 1)
+    end = len(log["iter"])
+    iters, values = (np.array_split(log[key], min(40, end)) for key in ("iter", "value"))
+    middle = [part.mean() for part in iters]
+    share_ax.plot(middle, [100 * (part < 0).mean() for part in values], color=NEGATIVE["facecolor"])
+    share_ax.set(ylabel="negative\ndraws (%)", ylim=(0, None), xlim=(0, end))
+    q = np.stack([np.percentile(1e6 * part, [5, 25, 50, 75, 95]) for part in values], 1)
     value_ax.fill_between(middle, q[0], q[4], color="#d6e4f1", linewidth=0, label="5th to 95th percentile")
     value_ax.fill_between(middle, q[1], q[3], color="#7fa8d1", linewidth=0, label="quartiles")
     value_ax.plot(middle, q[2], color="black", label="median")
     value_ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
-    value_ax.set(xlabel="iteration", ylabel="value of a draw\n(10⁻⁶ nats)", xlim=(0, log["iter"][-1] + 1))
+    value_ax.set(xlabel="iteration", ylabel="value of a draw\n(10⁻⁶ nats)", xlim=(0, end))
     value_ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98), borderpad=0)
 
 
-def draw_windows(ax, highest, lowest):
-    """The windows of highest value on the left, of lowest on the right: a heading and two lines of each."""
+def draw_windows(ax, windows):
+    """{title: windows}, one on the left, one on the right: a heading and two lines of each window."""
     mono = ["DejaVu Sans Mono", *rcParams["font.family"]]
     ax.axis("off")
-    ax.set(ylim=(1 + len(highest) * 3.6, 0), xlim=(0, 1))
-    for x, title, side in ((0, "Highest values", highest), (0.51, "Lowest values", lowest)):
+    ax.set(ylim=(1 + max(map(len, windows.values())) * 3.6, 0), xlim=(0, 1))
+    for x, (title, side) in zip((0, 0.51), windows.items(), strict=True):
         ax.text(x, 0, title, fontweight="bold", va="center", family="DejaVu Sans")
-        for place, (heading, text) in enumerate(side):
-            y = 1.6 + place * 3.6
+        for y, (heading, text) in zip(np.arange(len(side)) * 3.6 + 1.6, side, strict=True):
             ax.text(x, y, shorten(heading, 80, 1), fontsize=7.5, va="center", color="0.25")
             ax.text(x, y + 0.5, shorten(text, 90, 2), fontsize=6.2, family=mono, va="top", linespacing=1.6)
 
 
 def draw_figures(rows, loss, goal, scored):
     """loss.png and, of a `scored` run, values.png, report.png and windows.txt: {name: bytes}."""
-    sides = {side: scored[side] for side in ("highest", "lowest") if side in scored}
-    panels, made = {"loss.png": [["loss"]]}, {}
+    windows, mosaics, made = scored.get("windows", {}), {"loss.png": [["loss"]]}, {}
     if scored:
-        panels["values.png"] = [[name] + ["domains"] * bool(sides) for name in ("histogram", "share", "quantiles")]
-        panels["report.png"] = [["loss", "histogram"]] + [["windows", "windows"]] * bool(sides)
-    heights = {"loss": 3.9, "histogram": 3.0, "share": 1.1, "quantiles": 1.9, "windows": 3.0}  # inches
-    names = [loss, goal, *(row["name"] for row in rows), *scored.get("domains", [])]
-    texts = [text for side in sides.values() for window in side for text in window]
-    with rc_context(RC | {"font.family": families_for("".join(names + texts))}):
+        mosaics["values.png"] = [[name] + ["domains"] * bool(windows) for name in ("histogram", "share", "quantiles")]
+        mosaics["report.png"] = [["loss", "histogram"]] + [["windows", "windows"]] * bool(windows)
+    texts = [loss, goal, *(row["name"] for row in rows), *scored.get("domains", [])]
+    texts += [text for side in windows.values() for window in side for text in window]
+    with rc_context(RC | {"font.family": families_for("".join(texts))}):
         loss, goal = (printable(text, rcParams["font.family"]) for text in (loss, goal))
-        for name, mosaic in panels.items():
-            height = [heights[row[0]] for row in mosaic]
-            fig = Figure(figsize=(5.1 * len(mosaic[0]), sum(height)), layout="constrained")
-            axes = fig.subplot_mosaic(mosaic, height_ratios=height)
+        for name, mosaic in mosaics.items():
+            heights = [HEIGHTS[row[0]] for row in mosaic]
+            fig = Figure(figsize=(5.1 * len(mosaic[0]), sum(heights)), layout="constrained")
+            axes = fig.subplot_mosaic(mosaic, height_ratios=heights)
             if "loss" in axes:
                 draw_loss(axes["loss"], rows, loss, goal)
             if "histogram" in axes:
@@ -185,29 +180,26 @@ def draw_figures(rows, loss, goal, scored):
             if "domains" in axes:
                 draw_domains(axes["domains"], scored["value"], scored["domain"], scored["domains"])
             if "windows" in axes:
-                draw_windows(axes["windows"], **sides)
+                draw_windows(axes["windows"], windows)
             picture = io.BytesIO()
             fig.savefig(picture, format="png")
             made[name] = picture.getvalue()
-    if sides:
-        text = ""
-        for side, windows in sides.items():
-            text += f"{side.title()} values\n\n"
-            for heading, window in windows:
-                text += f"{heading}\n    " + window.replace("↵", "↵\n    ") + "\n\n"
-        made["windows.txt"] = text.encode()
+    parts = []
+    for title, side in windows.items():
+        parts += [title, *(f"{heading}\n    " + text.replace("↵", "↵\n    ") for heading, text in side)]
+    if windows:
+        made["windows.txt"] = "".join(f"{part}\n\n" for part in parts).encode()
     return made
 
 
 def write_figures(out, rows, loss, goal, scored):
     """Write what draw_figures gives to the folder `out`: {name: path}."""
-    paths = {}
     with writing(out):
         os.makedirs(out, exist_ok=True)
         with open(os.path.join(out, ".lock"), "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # reports that write here at the same time follow each other, each whole
-            for name, content in draw_figures(rows, loss, goal, scored).items():
-                paths[name] = os.path.join(out, name)
-                with atomic_write(paths[name]) as file:
+            made = draw_figures(rows, loss, goal, scored)
+            for name, content in made.items():
+                with atomic_write(os.path.join(out, name)) as file:
                     file.write(content)
-    return paths
+    return {name: os.path.join(out, name) for name in made}

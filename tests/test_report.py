@@ -319,8 +319,9 @@ def test_one_scored_run_alone_has_its_share_of_negatives_its_costs_and_four_file
 
 def test_the_windows_are_text_with_escapes_for_what_does_not_print(no_figures, corpus):
     scored = report.read_scored(report.read_run(make_baseline()))
-    headings, texts = zip(*scored["highest"] + scored["lowest"], strict=True)
-    assert len(scored["highest"]) == len(scored["lowest"]) == 5
+    highest, lowest = scored["windows"]["Highest values"], scored["windows"]["Lowest values"]
+    headings, texts = zip(*highest, *lowest, strict=True)
+    assert len(highest) == len(lowest) == 5
     assert headings[0] == "+2.90e−05 nats in 4 visits, window 39, odd"
     assert (headings[5], texts[5]) == ("−1.00e−05 nats in 4 visits, window 0, even", "plain tex")
     assert any("$math$ \\↵" in text for text in texts)
@@ -382,6 +383,11 @@ def test_values_come_from_the_first_run_that_has_them(no_figures, capsys, corpus
     make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
     _, notes = printed(capsys, "out/control", "out/unfinished", make_baseline())
     assert "Values in the figures: out/baseline, " in notes
+
+
+def test_the_time_of_a_step_with_and_without_its_validation_pass_is_told():
+    *_, line = report.read_run(make_run("out/run", [5, 4, 3], scored=True)).lines
+    assert (line["step_ms"], line["val_ms"], line["plain_ms"]) == (141.0, 20.0, 121.0)
 
 
 def test_without_scores_there_are_no_value_figures(capsys):
@@ -510,7 +516,7 @@ def test_reports_into_one_folder_at_once_leave_one_of_them_whole(corpus, monkeyp
     assert not [name for name in os.listdir() if name.endswith(".tmp")]
 
 
-def test_a_stream_of_another_encoding_gets_stand_ins_and_escapes(monkeypatch):
+def test_a_stream_of_another_encoding_gets_escapes(monkeypatch):
     for seed, loss in ((1, 3.0), (2, 4.0)):
         make_run(f"out/度量 é_s{seed}", [5, loss], seed=seed, max_iters=10)
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -519,7 +525,7 @@ def test_a_stream_of_another_encoding_gets_stand_ins_and_escapes(monkeypatch):
     runpy.run_path(f"{ROOT}/report.py", run_name="__main__")
     stream.flush()
     text = stream.buffer.getvalue().decode("ascii")
-    assert "| \\u5ea6\\u91cf \\xe9" in text and "3.5000 +- 0.7071" in text and "| - " in text
+    assert "| \\u5ea6\\u91cf \\xe9" in text and "3.5000 \\xb1 0.7071" in text
 
 
 def test_a_folder_with_brackets_and_lines_that_end_as_on_windows_are_read(no_figures, capsys, corpus):
@@ -602,14 +608,14 @@ def test_what_is_no_run_is_refused():
         (
             "metrics.jsonl",
             '{"iter": 0, "test_loss": 5}\n{"iter": 1, "lo\n',
-            "metrics.jsonl, line 2: .*--init_from=resume",
+            "metrics.jsonl: damaged.* line 2 .*--init_from=resume",
         ),
-        ("metrics.jsonl", '{"iter": 0, "test_loss": 5}\n[]\n', "metrics.jsonl, line 2: not what train.py writes"),
-        ("metrics.jsonl", '{"iter": 0, "test_loss": null}\n', "metrics.jsonl, line 1"),
+        ("metrics.jsonl", '{"iter": 0, "test_loss": 5}\n[]\n', "metrics.jsonl: damaged, or not written"),
+        ("metrics.jsonl", '{"iter": 0, "test_loss": null}\n', "metrics.jsonl: damaged.*NoneType"),
         ("metrics.jsonl", '{"iter": 0, "loss": 5, "step_ms": 1}\n', "1 training lines and no evaluation .*resume"),
         ("metrics.jsonl", "", "0 training lines and no evaluation"),
-        ("config.json", "{", "out/a/config.json: not what train.py writes"),
-        ("config.json", '{"knobs": {}}', r"config.json: not what train.py writes \(KeyError"),
+        ("config.json", "{", "out/a/config.json: damaged"),
+        ("config.json", '{"knobs": {}}', r"config.json: damaged, or not written by this script \(KeyError"),
     ],
 )
 def test_damaged_files_are_refused(name, text, message):
