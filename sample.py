@@ -25,9 +25,7 @@ from support.run_folder import WEIGHTS
 
 @dataclass
 class Knobs:
-    init_from: str = (
-        "resume"  # 'resume': ckpt.pt in out_dir; 'gpt2' (-medium, -large, -xl), a transformers folder, a .pt
-    )
+    init_from: str = "resume"  # ckpt.pt in out_dir; or 'gpt2' (-medium, -large, -xl), a transformers folder, a .pt
     out_dir: str = "out"
     start: str = "\n"  # the text to go on from; FILE:prompt.txt reads it from a file; '': the beginning of a document
     num_samples: int = 10
@@ -42,7 +40,7 @@ class Knobs:
     def __post_init__(self):
         for key, low in dict(num_samples=1, max_new_tokens=1, top_k=1, temperature=0, seed=0).items():
             value = getattr(self, key)
-            check(low <= value < 2**63, f"--{key}={value}: must be at least {low}")
+            check(low <= value < 2**63, f"--{key}={value}: must be at least {low} and below 2**63")
         check(self.dtype in ("float32", "bfloat16"), f"--dtype={self.dtype}: expected float32 or bfloat16")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_run_folder import SCORED, same_run, start, wait_for_training
+from test_run_folder import SCORED, Script, same_run, wait_for_training
 from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import bench
@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(home, monke
     flags = f"{SCORED} --checkpoint_interval=2 --max_iters=60 --learning_rate=1e-3 --device={device}"
     monkeypatch.setattr(kernels, "candidates", lambda *_: [kernels.PLAIN])  # nothing has to be compiled
     plain = "from support import kernels as k; k.candidates = lambda *_, plain=k.PLAIN: [plain]"
-    run = start(f"{flags} --out_dir=out/killed", plain)
+    run = Script(f"{flags} --out_dir=out/killed", plain)
     wait_for_training(run)
     while not os.path.exists("out/killed/dot_prod"):  # the first checkpoint behind a step
         time.sleep(0.01)

@@ -88,9 +88,6 @@ def run_script(folder, argv, before, pipes):
     train.main()
 
 
-start = Script
-
-
 def wait_for_training(run):
     """Until it has printed what it will train."""
     for line in run.stdout:
@@ -132,7 +129,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_it_had_not_been(home
     call(train.main, f"{flags} --out_dir=out/whole")
     moments, rng = [], random.Random(kills)
     while len(moments) < kills:
-        run = start(f"{flags} --out_dir=out/killed {resume('out/killed')}")
+        run = Script(f"{flags} --out_dir=out/killed {resume('out/killed')}")
         wait_for_training(run)
         time.sleep(rng.uniform(0, 0.3))
         run.kill()
@@ -167,7 +164,7 @@ CALLS = 31
 def test_killed_at_every_sync_and_rename(home, n):  # noqa: F811
     call(train.main, f"{SCORED} --out_dir=out/whole")
     before = f"exec({KILL_AT_SYSTEM_CALL.format(n=n)!r})"
-    run = start(f"{SCORED} --out_dir=out/killed", before)
+    run = Script(f"{SCORED} --out_dir=out/killed", before)
     run.communicate()
     assert run.returncode == -signal.SIGKILL
     call(train.main, f"{SCORED} --out_dir=out/killed {resume('out/killed')}")
@@ -185,7 +182,7 @@ def test_there_are_as_many_syncs_and_renames_as_the_test_above_believes(home, mo
 
 def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(home):  # noqa: F811
     flags = f"{SCORED} --max_iters=400 --checkpoint_interval=10000"
-    run = start(f"{flags} --out_dir=out/stopped")
+    run = Script(f"{flags} --out_dir=out/stopped")
     wait_for_training(run)
     while not os.path.getsize("out/stopped/metrics.jsonl"):  # its first evaluation
         time.sleep(0.01)
@@ -497,7 +494,7 @@ def test_a_damaged_log_is_noticed_when_a_run_is_resumed(home, finished):  # noqa
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(home):  # noqa: F811
-    run = start(f"{SCORED} --out_dir=out/x --max_iters=100000")
+    run = Script(f"{SCORED} --out_dir=out/x --max_iters=100000")
     wait_for_training(run)
     refused(f"{SCORED} --out_dir=out/x --max_iters=100000", "out/x: a run is writing there now")
     refused(f"{SCORED} --out_dir=out/x --max_iters=100000 --init_from=resume", "out/x: a run is writing there now")
@@ -640,7 +637,7 @@ def test_any_meta_json_is_taken_or_refused_in_one_line(finished, data):
 def test_a_long_run_is_flat(home, capsys):  # noqa: F811
     """20,000 steps with scores, evaluations and checkpoints: memory does not grow and the log is as predicted."""
     flags = SCORED.replace("--warmup_iters=2", "--warmup_iters=100").replace("--learning_rate=1e-2", "")
-    run = start(
+    run = Script(
         f"{flags} --max_iters=20000 --eval_interval=200 --checkpoint_interval=500 --log_interval=100 --out_dir=out/x"
     )
     page, resident = resource.getpagesize(), []
