@@ -171,7 +171,9 @@ def nanogpt_pieces(tokenizer, knobs):
     folder, most = knobs.source, 2**20  # tokens at a time
     mend = f"prepare its text with --source={folder}/input.txt --tokenizer=bytes"
     check(not os.path.exists(f"{folder}/meta.pkl"), f"{folder}/meta.pkl: the tokens are characters; {mend}")
-    check(not knobs.max_tokens, f"--max_tokens={knobs.max_tokens}: {folder} is taken over whole; leave it out")
+    for key in ("max_tokens", "config", "domain_field", "split_documents"):
+        value = getattr(knobs, key)
+        check(value == getattr(Knobs, key), f"--{key}={value}: {folder} is taken over as it is; leave it out")
     train, val = (mapped(f"{folder}/{name}.bin", "<u2") for name in ("train", "val"))
     edge = int(len(val) * knobs.val_fraction / (knobs.val_fraction + knobs.test_fraction))
     near = max(0, edge - most)
@@ -288,7 +290,8 @@ def main():
         try:
             written, by_domain = write_corpus(itertools.chain([first], pieces), tokenizer, folder)
         except EmptySplit as error:
-            print(f"{error.code.split(';')[0]}: the text is cut by position at line ends, train first and test last")
+            print(f"{error.code.split(';')[0]}, so the text is cut by position, at line ends where it has some:")
+            print("its beginning is train, its end is test (--split_documents makes documents of a text's parts)")
             documents, counts = by_position(documents_of(knobs), knobs, counts["characters"]), Counter()
             written, by_domain = write_corpus(encoded(documents, tokenizer, knobs, counts), tokenizer, folder)
         meta = dict(name=knobs.name, source=knobs.source, tokenizer=knobs.tokenizer, vocab_size=tokenizer.n_vocab)

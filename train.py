@@ -127,7 +127,8 @@ def make_model(knobs, vocab_size, checkpoint, resumed):
         else:
             model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
         found, n = asdict(model.config), model.config.block_size
-        other = [f"--{key}={found[key]}" for key in shape if key != "block_size" and found[key] != shape[key]]
+        fits = dict(block_size=shape["block_size"] <= n)  # a longer block is cropped
+        other = [f"--{key}={found[key]}" for key in shape if not fits.get(key, found[key] == shape[key])]
         given = not checkpoint or resumed  # else transformers' folders say it, or the run has said it
         check(given or not other, f"--init_from={knobs.init_from}: a model of another shape; use {' '.join(other)}")
         what = f"--block_size={knobs.block_size}: {knobs.init_from} has {n} positions"

@@ -6,7 +6,7 @@ import time
 import torch
 
 # of dense bfloat16 products, in 10^12 operations a second, from NVIDIA's data sheets
-PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0}
+PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200 NVL": 835.0, "H200": 989.0}
 
 
 def peak_tflops(gpu, dtype):

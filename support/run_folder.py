@@ -75,7 +75,7 @@ class RunFolder:
         found = load_torch(self.ckpt_path, CHECKPOINT, mend)
         newer = f"{self.ckpt_path}: its format is {found.get('format', 0)}, this code knows {FORMAT}"
         check(found.get("format", 0) <= FORMAT, f"{newer}; resume it with the code that wrote it")
-        what = f"{self.ckpt_path} has {found['iter_num']} iterations already; go on with a larger one"
+        what = f"{self.ckpt_path} has {found['iter_num']} iterations already; give a larger --max_iters"
         check(found["iter_num"] <= knobs.max_iters, f"--max_iters={knobs.max_iters}: {what}")
         then, now = found["knobs"], asdict(knobs)
         for key, (default, why) in REMOVED.items():

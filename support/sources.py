@@ -40,7 +40,9 @@ def documents_of(knobs):
         try:
             yield from file_documents(path, knobs)
         except Exception as error:  # damaged files raise all kinds
-            raise UserError(f"--source={path}: could not be read as text ({type(error).__name__}: {error})") from error
+            mend = "; convert it to UTF-8" if isinstance(error, UnicodeError) else ""
+            what = f"could not be read as text ({type(error).__name__}: {error})"
+            raise UserError(f"--source={path}: {what}{mend}") from error
 
 
 def paths_of(knobs):
@@ -59,6 +61,8 @@ def paths_of(knobs):
                 return []  # it has configurations, as the hub's data sets do
             files = [path, *sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))]
             files = [name for name in files if kind_of(name)[0] in KINDS and os.path.isfile(name)]
+            if any(kind_of(name)[0] not in PLAIN for name in files):  # a README beside them describes them
+                files = [name for name in files if os.path.basename(name) != "README.md"]
             check(files, f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
             paths += files
     return list(dict.fromkeys(paths))

@@ -48,10 +48,10 @@ def test_a_step_on_gpus_has_its_share_of_their_peak_and_pytorch_s_memory(monkeyp
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux tells")
 def test_on_a_cpu_the_memory_is_what_was_resident():
     before = memory_mb("VmHWM")
-    resident = memory_mb("VmRSS")
     held = torch.ones(2**26)  # 256 MB
+    resident = memory_mb("VmRSS")
     cost = step_cost(500.0, None, SimpleNamespace(**vars(KNOBS) | dict(device="cpu")), 1)
-    assert cost["peak_mb"] >= max(before, resident + 200) and "mfu" not in cost
+    assert cost["peak_mb"] >= max(before, resident - 1) and "mfu" not in cost
     assert len(held)
 
 

@@ -207,7 +207,7 @@ def test_a_killed_preparation_leaves_no_corpus(jsonl, tmp_path, monkeypatch):
 
     def killed():
         run = subprocess.Popen([sys.executable, "-c", f"{slow}; prepare_owt.main()", *flags, "--seed=1"], cwd=ROOT)
-        while run.poll() is None and not os.path.exists(f"{tmp_path}/texts/train.bin.tmp"):
+        while run.poll() is None and not os.path.exists(f"{tmp_path}/texts/test_docs.npy.tmp"):
             time.sleep(0.01)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
@@ -428,7 +428,7 @@ def test_one_text_file_is_cut_by_position_at_line_ends(tmp_path, monkeypatch, ca
     (tmp_path / "input.txt").write_text(text)
     prepare(monkeypatch, f"--source={tmp_path}/input.txt", "--tokenizer=bytes", f"--data_dir={tmp_path}/data")
     said = capsys.readouterr().out
-    assert "none of the 1 documents fell into val: the text is cut by position at line ends" in said
+    assert "none of the 1 documents fell into val, so the text is cut by position" in said
     texts = texts_of(f"{tmp_path}/data/input")
     assert "".join(texts.values()) == text and all(part.endswith("\n") for part in texts.values())
     for split, share in dict(train=0.9, val=0.05, test=0.05).items():
@@ -505,7 +505,7 @@ def test_a_second_preparation_of_one_folder_is_refused(jsonl, tmp_path, monkeypa
         "import prepare_owt, time; e = prepare_owt.encode; prepare_owt.encode = lambda *a: (time.sleep(0.01), e(*a))[1]"
     )
     run = subprocess.Popen([sys.executable, "-c", f"{slow}; prepare_owt.main()", *flags, "--num_proc=1"], cwd=ROOT)
-    while run.poll() is None and not os.path.exists(f"{tmp_path}/texts/train.bin.tmp"):
+    while run.poll() is None and not os.path.exists(f"{tmp_path}/texts/test_docs.npy.tmp"):
         time.sleep(0.01)
     before = os.listdir(f"{tmp_path}/texts")
     with pytest.raises(SystemExit, match="texts: a preparation is writing there now; .*choose another --name"):
@@ -578,7 +578,8 @@ def test_what_is_wrong_with_a_corpus_of_nanogpt_is_named(nanogpt, tmp_path, monk
             [f"--data_dir={tmp_path}/nano"],
             "nano/owt: holds a corpus of nanoGPT, which would be lost; take another --name",
         ),
-        (["--max_tokens=5"], "--max_tokens=5: .*is taken over whole; leave it out"),
+        (["--max_tokens=5"], "--max_tokens=5: .*is taken over as it is; leave it out"),
+        (["--split_documents=line"], "--split_documents=line: .*is taken over as it is; leave it out"),
     ):
         with pytest.raises(SystemExit, match=message):
             prepare(monkeypatch, *flags, *more)

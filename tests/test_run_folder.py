@@ -208,13 +208,16 @@ def test_ctrl_c_ends_a_run_as_sigterm_does_and_a_second_one_at_once(home, monkey
 
     monkeypatch.setattr(train, "get_lr", interrupted)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which is silenced
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        call(train.main, f"{SCORED} --out_dir=out/stopped")
+    switched_off = signal.signal(signal.SIGINT, signal.default_int_handler)  # as where the tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call(train.main, f"{SCORED} --out_dir=out/stopped")
+        assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, switched_off)
     assert (
         "SIGINT: stopped after 6 iterations; go on from the last checkpoint in out/stopped" in capsys.readouterr().out
     )
-    assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) == before
     monkeypatch.setattr(train, "get_lr", get_lr)
     call(train.main, f"{SCORED} --out_dir=out/stopped --init_from=resume")
     call(train.main, f"{SCORED} --out_dir=out/whole")

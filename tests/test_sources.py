@@ -348,3 +348,17 @@ def test_a_full_disk_under_hf_home_is_named(cause, monkeypatch):
     with pytest.raises(SystemExit, match=message) as error:
         read("some/set")
     assert "Traceback" not in str(error.value)
+
+
+def test_a_readme_beside_data_is_no_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a row"}\n')
+    (tmp_path / "README.md").write_text("# a card")
+    assert read(tmp_path) == [("a row", "all")]
+    (tmp_path / "a.jsonl").unlink()
+    assert read(tmp_path) == [("# a card", "all")]
+
+
+def test_a_text_that_is_not_utf_8_is_refused_with_the_way_to_mend_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(SystemExit, match="a.txt: could not be read as text .*; convert it to UTF-8"):
+        read(tmp_path / "a.txt")
