@@ -24,7 +24,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections import deque
 from dataclasses import asdict, dataclass
 
@@ -42,7 +41,7 @@ from data_value import (
 )
 from model import GPT, GPTConfig
 from support.configurator import UserError, check_each, configure
-from support.cost import estimate_mfu, memory_mb, peak_tflops
+from support.cost import estimate_mfu, memory_mb, peak_tflops, timed
 from support.processes import keep_freed_memory
 
 
@@ -174,12 +173,7 @@ class Bench:
 
 def seconds(run, device):
     """Wall time of run(), on a GPU until it has nothing left to do."""
-    wait = torch.accelerator.synchronize if device != "cpu" else lambda: None
-    wait()
-    started = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - started
+    return timed(run, device, True)[1] / 1000
 
 
 def print_peak(knobs):

@@ -61,7 +61,7 @@ def line_of(metrics):
 
 def timed(run, device, wanted):
     """What run() returns, and the milliseconds that it took. They count only where they are `wanted`: a GPU waits."""
-    wait = torch.cuda.synchronize if wanted and device.startswith("cuda") else lambda: None
+    wait = torch.accelerator.synchronize if wanted and device != "cpu" else lambda: None
     wait()
     started = time.perf_counter()
     result = run()
