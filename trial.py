@@ -170,6 +170,7 @@ def run_arm(knobs, ranks=None, jobs=1):
     Train an arm, or go on with it, to its end; what it prints is in its metrics.jsonl. Without `ranks` this process is
     the arm's alone, one of `jobs` that share the CPU's threads. A signal that stops the arm ends the process.
     """
+    torch._dynamo.reset()  # else the graphs of earlier arms would count as recompilations of this one
     if ranks is None:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
         keep_freed_memory()
@@ -188,8 +189,8 @@ def finish(todo, ranks, jobs):
             run_arm(knobs, ranks)
             yield name
         return
-    context = get_context("forkserver")  # its processes begin with torch imported
-    context.set_forkserver_preload(["torch", "train"])
+    context = get_context("forkserver")  # whose processes begin with torch imported
+    context.set_forkserver_preload(["train", "report"])
     waiting, running = list(todo), {}
     try:
         while waiting or running:

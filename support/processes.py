@@ -148,6 +148,8 @@ def watch_signals(stack, ranks, knobs):
     # on the CPU, so that no step waits for the GPU
     alone, timeout = ranks.world == 1, timedelta(seconds=knobs.process_timeout)
     group = None if alone else dist.new_group(backend="gloo", timeout=timeout)
+    if group:
+        stack.callback(dist.destroy_process_group, group)
 
     def signalled():
         answer = torch.tensor(max(noted))  # what comes while the others are asked counts the next time
