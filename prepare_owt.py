@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import zlib
 from collections import Counter
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from support.configurator import UserError, check, configure
 from support.corpus import DOCUMENT, PAGE, SPLITS, checksum_of, get_tokenizer, is_nanogpt, mapped, sha256_of
 from support.files import atomic_write, lock, writing
-from support.sources import KINDS, MARKS, documents_of, kind_of, paths_of
+from support.sources import KINDS, MARKS, PLAIN, documents_of, kind_of, paths_of
 
 
 @dataclass
@@ -60,8 +61,8 @@ class Knobs:
     def __post_init__(self):
         v, t = self.val_fraction, self.test_fraction
         check(min(v, t) > 0 and v + t < 1, f"--val_fraction={v} --test_fraction={t}: expected above 0, in all below 1")
-        found = f"--num_proc={self.num_proc} --seed={self.seed} --max_tokens={self.max_tokens}"
-        check(self.num_proc > 0 and min(self.seed, self.max_tokens) >= 0, f"{found}: expected at least 1, 0 and 0")
+        for key, low in dict(num_proc=1, seed=0, max_tokens=0).items():
+            check(getattr(self, key) >= low, f"--{key}={getattr(self, key)}: expected at least {low}")
         check(self.split_documents in MARKS, f"--split_documents={self.split_documents}: expected {', '.join(MARKS)}")
         self.tokenizer = self.tokenizer or ("bytes" if self.source == "python" else "gpt2")
         check(self.tokenizer in ("gpt2", "bytes"), f"--tokenizer={self.tokenizer}: expected gpt2 or bytes")
@@ -71,6 +72,20 @@ class Knobs:
             self.name = name[: len(name) - len(kind + packed)] if kind in KINDS else name  # a hub id may have dots
             one = os.path.exists(self.source) or not (glob.has_magic(self.name) or "," in self.source)
             check(one and self.name, f"--source={self.source}: give the corpus a name, --name=<folder>")
+        self.paths = [] if is_nanogpt(self.source) else paths_of(self)
+
+
+def check_used(knobs, kinds):
+    """Raise UserError for a knob that this source, files of these `kinds` or none, has no use for."""
+    nanogpt, hub = is_nanogpt(knobs.source), not kinds and knobs.source != "python"
+    used = dict.fromkeys(("max_tokens", "seed"), not nanogpt) | dict.fromkeys(("config", "split"), hub and not nanogpt)
+    used |= dict.fromkeys(("text_field", "domain_field"), used["config"] or not set(kinds) <= set(PLAIN))
+    used |= dict(split_documents=bool(set(kinds) & set(PLAIN)))
+    for key, of_use in used.items():
+        value = getattr(knobs, key)
+        check(
+            of_use or value == getattr(Knobs, key), f"--{key}={value}: {knobs.source} has no use for it; leave it out"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,16 +94,12 @@ class Knobs:
 
 def encode(tokenizer, text):
     """The tokens of a text as uint16, and whether U+FFFD stands for lone surrogates. '<|endoftext|>' in it is text."""
-    try:
-        raw, damaged = text.encode(), False
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken's encode does
-        raw, damaged = text.encode(), True
+    clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken's encode does
     if tokenizer.name == "bytes":  # the same tokens as the Encoding's, without its search for merges
-        tokens = np.frombuffer(raw, dtype=np.uint8)
+        tokens = np.frombuffer(clean.encode(), dtype=np.uint8)
     else:
-        tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-    return tokens.astype("<u2"), damaged
+        tokens = tokenizer.encode_to_numpy(clean, disallowed_special=())
+    return tokens.astype("<u2"), clean != text
 
 
 def batches_of(documents, characters=2**22, count=2**12):
@@ -113,18 +124,45 @@ def by_chance(documents, knobs):
         yield text, domain, split
 
 
-def by_position(documents, knobs, characters):
+def edges_of(documents, knobs, characters):
     """
-    (text, domain, split) of documents of so many characters, train first and test last. A document is cut behind its
-    last line that ends before the edge, or at the edge where there is none.
+    Where val and test begin if the documents, of so many characters in all, come in order: [val, test] in characters,
+    and within what distance a text may be cut instead. That is 0 where documents begin there: they do if every split
+    then has half of its share or more.
     """
-    edges = [characters * (1 - knobs.val_fraction - knobs.test_fraction), characters * (1 - knobs.test_fraction)]
-    split, read, name = 0, 0, ""
+    ends = [0]  # and then the end of every document
+    for text, domain in documents:
+        ends += [ends[-1]] * (domain is not None)
+        ends[-1] += len(text)
+        if ends[-1] >= characters:
+            break
+    shares = characters * np.array(
+        [1 - knobs.val_fraction - knobs.test_fraction, knobs.val_fraction, knobs.test_fraction]
+    )
+    edges = np.cumsum(shares)[:2]
+    test = min(ends[:-1], key=lambda end: abs(end - edges[1]))
+    val = min((end for end in ends if end < test), key=lambda end: abs(end - edges[0]), default=0)
+    if (np.diff([0, val, test, characters]) >= shares / 2).all():
+        return [val, test], 0
+    return edges.astype(int).tolist(), shares.min() // 2
+
+
+def cut_near(text, at, near):
+    """Where to cut a text: where a line begins nearer to `at` than `near`, else behind such a word, else at `at`."""
+    for place in (r"\A|(?<=\n)(?!\Z)", r"(?<=\S)(?=\s)"):
+        places = [found.start() for found in re.finditer(place, text) if abs(found.start() - at) < near]
+        if places:
+            return min(places, key=lambda place: abs(place - at))
+    return at
+
+
+def by_position(documents, edges, near):
+    """(text, domain, split) of documents in order, train first and test last, as edges_of says."""
+    edges, split, read, name = [*edges, sys.maxsize], 0, 0, ""
     for text, domain in documents:
         name = name if domain is None else domain
-        while split < 2 and read + len(text) > edges[split]:
-            room = max(0, int(edges[split]) - read)
-            cut = text.rfind("\n", 0, room) + 1 or room
+        while read + len(text) > edges[split]:
+            cut = cut_near(text, edges[split] - read, near)
             if cut:
                 yield text[:cut], domain, split
             text, domain, read, split = text[cut:], name, read + cut, split + 1
@@ -134,10 +172,10 @@ def by_position(documents, knobs, characters):
 
 def encoded(documents, tokenizer, knobs, counts):
     """
-    (ids, domain, split) of documents with splits: tokens (n,) uint16, an end-of-text behind every document. Adds to the
-    Counter `counts` the 'characters', the documents left out as 'empty', and the 'damaged' ones: see encode.
+    (ids, domain, split) of documents: tokens (n,) uint16. Adds to the Counter `counts` the 'characters', the
+    documents left out as 'empty', and the 'damaged' ones: see encode.
     """
-    eot, room, begun = np.array([tokenizer.eot_token], dtype="<u2"), knobs.max_tokens or sys.maxsize, None
+    room = max(2, knobs.max_tokens or sys.maxsize)  # one token and its end-of-text
     with ThreadPoolExecutor(knobs.num_proc) as pool, tqdm(unit="B", unit_scale=True, disable=None) as bar:
         for batch in batches_of(documents):
             ids_of_batch = pool.map(lambda document: encode(tokenizer, document[0]), batch)
@@ -146,21 +184,14 @@ def encoded(documents, tokenizer, knobs, counts):
                 if not text:
                     counts["empty"] += domain is not None
                     continue
-                if domain is not None:
-                    if begun is not None:
-                        yield eot, None, begun
-                    begun = split
-                    room -= 1  # for its end-of-text
+                room -= domain is not None
                 kept = ids[:room]
-                yield kept, domain, split
                 room -= len(kept)
+                yield kept, domain, split
                 counts["characters"] += len(text) * len(kept) // len(ids)
                 counts["damaged"] += damaged
                 if room < 2:
-                    yield eot, None, split
                     return
-    if begun is not None:
-        yield eot, None, begun
 
 
 def nanogpt_pieces(tokenizer, knobs):
@@ -171,16 +202,14 @@ def nanogpt_pieces(tokenizer, knobs):
     folder, most = knobs.source, 2**20  # tokens at a time
     mend = f"prepare its text with --source={folder}/input.txt --tokenizer=bytes"
     check(not os.path.exists(f"{folder}/meta.pkl"), f"{folder}/meta.pkl: the tokens are characters; {mend}")
-    for key in ("max_tokens", "config", "domain_field", "split_documents"):
-        value = getattr(knobs, key)
-        check(value == getattr(Knobs, key), f"--{key}={value}: {folder} is taken over as it is; leave it out")
     train, val = (mapped(f"{folder}/{name}.bin", "<u2") for name in ("train", "val"))
     edge = int(len(val) * knobs.val_fraction / (knobs.val_fraction + knobs.test_fraction))
     near = max(0, edge - most)
     ends = np.flatnonzero(val[near:edge] == tokenizer.eot_token)
     edge = near + ends[-1] + 1 if len(ends) else edge
     some = len(train) and 0 < edge < len(val)
-    check(some, f"--source={folder}: a split would be empty; change --val_fraction or --test_fraction")
+    found = f"{folder}: a split would be empty, since train.bin has {len(train):,} tokens and val.bin {len(val):,}"
+    check(some, f"{found}; take another corpus, or change --val_fraction or --test_fraction")
     for split, name, tokens in (0, "train", train), (1, "val", val[:edge]), (2, "val", val[edge:]):
         domain = "all"
         for ids in np.split(tokens, range(most, len(tokens), most)):
@@ -204,8 +233,9 @@ class EmptySplit(UserError):
 class Split:
     """A split on its way into `folder`: its tokens, and where each of its documents begins."""
 
-    def __init__(self, folder, name, stack):
+    def __init__(self, folder, name, eot, stack):
         self.name, self.path, self.tokens, self.documents = name, f"{folder}/{name}", 0, 0
+        self.eot = self.last = eot  # an end-of-text token; the last token
         self.bin = stack.enter_context(atomic_write(f"{self.path}.bin"))
         self.docs = stack.enter_context(atomic_write(f"{self.path}_docs.npy"))
         self.write_header()
@@ -218,13 +248,21 @@ class Split:
     def write(self, ids, domain):
         """The tokens begin a document of the domain of this index, or go on with one where it is None."""
         if domain is not None:
+            self.end_document()
             self.docs.write(np.array((self.tokens, domain), dtype=DOCUMENT).tobytes())
             self.documents += 1
         self.bin.write(ids)
         self.tokens += len(ids)
+        self.last = ids[-1]
+
+    def end_document(self):
+        """An end-of-text token stands behind every document; nanoGPT's have it already."""
+        if self.last != self.eot:
+            self.write(np.array([self.eot], dtype="<u2"), None)
 
     def finish(self):
         """Write <split>.crc; returns what meta.json says about the split."""
+        self.end_document()
         self.docs.seek(0)
         self.write_header()
         self.docs.flush()
@@ -234,22 +272,23 @@ class Split:
         return counts | dict(docs_sha256=sha256_of(self.docs.name), crc_sha256=crc_sha256)
 
 
-def write_corpus(pieces, tokenizer, folder):
+def write_corpus(pieces, tokenizer, knobs, folder):
     """
     Write pieces, (ids, domain, split), into `folder`. Returns what meta.json says about them, and the tokens of every
     domain, a Counter. Raises EmptySplit, and leaves the folder as it was, where a split is empty.
     """
     domains, by_domain, name = {}, Counter(), None
     with ExitStack() as stack:
-        splits = [Split(folder, name, stack) for name in SPLITS]
+        splits = [Split(folder, name, tokenizer.eot_token, stack) for name in SPLITS]
         for ids, domain, split in pieces:
             name = name if domain is None else domain
             splits[split].write(ids, None if domain is None else domains.setdefault(domain, len(domains)))
             by_domain[name] += len(ids)
         empty = [split.name for split in splits if not split.documents]
         if empty:
-            found = f"none of the {sum(split.documents for split in splits):,} documents fell into {empty[0]}"
-            raise EmptySplit(f"{found}; change --val_fraction or --test_fraction, or take more text")
+            short = 0 < knobs.max_tokens < sum(split.tokens for split in splits) + 5  # with end-of-text tokens to come
+            mend = "raise --max_tokens" if short else "take more text, or change --val_fraction or --test_fraction"
+            raise EmptySplit(f"--source={knobs.source}: too little text, no document fell into {empty[0]}; {mend}")
         if os.path.exists(f"{folder}/meta.json"):
             os.remove(f"{folder}/meta.json")  # files are replaced from here on: no corpus until it is written anew
         said = {split.name: split.finish() for split in splits}
@@ -270,15 +309,16 @@ def write_checksums(bin_path, crc_path):
 
 def main():
     knobs = configure(Knobs, sys.argv[1:])
-    tokenizer, counts = get_tokenizer(knobs.tokenizer), Counter()
-    folder = os.path.join(knobs.data_dir, knobs.name)
+    folder, counts = os.path.join(knobs.data_dir, knobs.name), Counter()
     check(not is_nanogpt(folder), f"{folder}: holds a corpus of nanoGPT, which would be lost; take another --name")
+    kinds = Counter(kind_of(path)[0] for path in knobs.paths)
+    check_used(knobs, kinds)
+    if kinds.total() > 1:
+        print(f"reading {', '.join(f'{n:,} {kind} files' for kind, n in kinds.most_common())}")
+    tokenizer = get_tokenizer(knobs.tokenizer)
     if is_nanogpt(knobs.source):
         pieces = nanogpt_pieces(tokenizer, knobs)
     else:
-        kinds = Counter(kind_of(path)[0] for path in paths_of(knobs))
-        if kinds.total() > 1:
-            print(f"reading {', '.join(f'{n:,} {kind} files' for kind, n in kinds.most_common())}")
         pieces = encoded(by_chance(documents_of(knobs), knobs), tokenizer, knobs, counts)
     first = next(pieces, None)  # so that a source that cannot be read fails before anything is written
     check(first is not None, f"--source={knobs.source}: no text in it")
@@ -288,12 +328,16 @@ def main():
             held = stack.enter_context(open(f"{folder}/.lock", "ab"))
         lock(held, folder, "a preparation", "name")
         try:
-            written, by_domain = write_corpus(itertools.chain([first], pieces), tokenizer, folder)
-        except EmptySplit as error:
-            print(f"{error.code.split(';')[0]}, so the text is cut by position, at line ends where it has some:")
-            print("its beginning is train, its end is test (--split_documents makes documents of a text's parts)")
-            documents, counts = by_position(documents_of(knobs), knobs, counts["characters"]), Counter()
-            written, by_domain = write_corpus(encoded(documents, tokenizer, knobs, counts), tokenizer, folder)
+            written, by_domain = write_corpus(itertools.chain([first], pieces), tokenizer, knobs, folder)
+        except EmptySplit:
+            edges, near = edges_of(documents_of(knobs), knobs, counts["characters"])
+            how = (
+                "the text is cut by position, where a line or a word ends" if near else "whole documents go by position"
+            )
+            print(f"too few documents to draw the splits, so {how}: the beginning is train, the end test")
+            documents, counts = by_position(documents_of(knobs), edges, near), Counter()
+            pieces = encoded(documents, tokenizer, knobs, counts)
+            written, by_domain = write_corpus(pieces, tokenizer, knobs, folder)
         meta = dict(name=knobs.name, source=knobs.source, tokenizer=knobs.tokenizer, vocab_size=tokenizer.n_vocab)
         meta |= dict(eot_token=tokenizer.eot_token, seed=knobs.seed, val_fraction=knobs.val_fraction)
         meta |= dict(test_fraction=knobs.test_fraction, **written)
