@@ -12,10 +12,8 @@ Text -> tokens: data/<name>/{train,val,test}.bin, where each document begins, an
 Files are .parquet, .jsonl, .json or .csv, of which only the text and the domain are read, or .txt or .md; all but
 .parquet also with .gz, .xz or .zst. A document's split is drawn; if one were empty, the text is cut by position.
 
-The .bin files are nanoGPT's: uint16 token ids, an end-of-text token behind every document. <split>_docs.npy holds the
-first token of every document and its domain, an index into meta.json's domains; <split>.crc holds the CRC-32 of every
-4,096 bytes of the .bin. meta.json is written last: a folder without it is no corpus, and a corpus is replaced only once
-its successor is whole. Memory grows neither with the corpus nor with a document of plain text.
+The .bin files are nanoGPT's; docs/files.md describes the others. meta.json is written last, and a corpus is replaced
+once its successor is whole. Memory grows neither with the corpus nor with a document of plain text.
 """
 
 import bisect
@@ -24,7 +22,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import sys
 import zlib
 from collections import Counter
@@ -38,7 +35,7 @@ from tqdm import tqdm
 from support.configurator import UserError, check, configure
 from support.corpus import DOCUMENT, PAGE, SPLITS, checksum_of, get_tokenizer, is_nanogpt, mapped, sha256_of
 from support.files import atomic_write, lock, writing
-from support.sources import KINDS, MARKS, PLAIN, documents_of, kind_of, paths_of
+from support.sources import KINDS, MARKS, PACKED, PLAIN, documents_of, kind_of, paths_of
 
 
 @dataclass
@@ -67,9 +64,9 @@ class Knobs:
         self.tokenizer = self.tokenizer or ("bytes" if self.source == "python" else "gpt2")
         check(self.tokenizer in ("gpt2", "bytes"), f"--tokenizer={self.tokenizer}: expected gpt2 or bytes")
         if not self.name:
-            name = os.path.basename(os.path.abspath(self.source))
-            kind, packed = kind_of(name)
-            self.name = name[: len(name) - len(kind + packed)] if kind in KINDS else name  # a hub id may have dots
+            self.name = os.path.basename(os.path.abspath(self.source))
+            for ending in (*PACKED, *KINDS):  # a hub id may have other dots
+                self.name = self.name.removesuffix(ending)
             one = os.path.exists(self.source) or not (glob.has_magic(self.name) or "," in self.source)
             check(one and self.name, f"--source={self.source}: give the corpus a name, --name=<folder>")
         self.paths = [] if is_nanogpt(self.source) else paths_of(self)
@@ -77,15 +74,12 @@ class Knobs:
 
 def check_used(knobs, kinds):
     """Raise UserError for a knob that this source, files of these `kinds` or none, has no use for."""
-    nanogpt, hub = is_nanogpt(knobs.source), not kinds and knobs.source != "python"
-    used = dict.fromkeys(("max_tokens", "seed"), not nanogpt) | dict.fromkeys(("config", "split"), hub and not nanogpt)
-    used |= dict.fromkeys(("text_field", "domain_field"), used["config"] or not set(kinds) <= set(PLAIN))
-    used |= dict(split_documents=bool(set(kinds) & set(PLAIN)))
-    for key, of_use in used.items():
-        value = getattr(knobs, key)
-        check(
-            of_use or value == getattr(Knobs, key), f"--{key}={value}: {knobs.source} has no use for it; leave it out"
-        )
+    taken_over, plain, rows = is_nanogpt(knobs.source), kinds & set(PLAIN), kinds - set(PLAIN)
+    hub = not (taken_over or kinds or knobs.source == "python")
+    used = dict(max_tokens=not taken_over, seed=not taken_over, config=hub, split=hub, split_documents=plain)
+    for key, of_use in (used | dict.fromkeys(("text_field", "domain_field"), hub or rows)).items():
+        value, default = getattr(knobs, key), getattr(Knobs, key)
+        check(of_use or value == default, f"--{key}={value}: {knobs.source} has no use for it; leave it out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,18 +96,6 @@ def encode(tokenizer, text):
     return tokens.astype("<u2"), clean != text
 
 
-def batches_of(documents, characters=2**22, count=2**12):
-    """Lists of documents, each of about `characters` characters and at most `count` documents."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[0])
-        if size >= characters or len(batch) == count:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
 def by_chance(documents, knobs):
     """(text, domain, split) of documents. The split, 0, 1 or 2, follows from the seed and the place among all."""
     edges = [1 - knobs.val_fraction - knobs.test_fraction, 1 - knobs.test_fraction]
@@ -124,45 +106,38 @@ def by_chance(documents, knobs):
         yield text, domain, split
 
 
-def edges_of(documents, knobs, characters):
+def by_position(knobs, characters):
     """
-    Where val and test begin if the documents, of so many characters in all, come in order: [val, test] in characters,
-    and within what distance a text may be cut instead. That is 0 where documents begin there: they do if every split
-    then has half of its share or more.
+    (text, domain, split) of the documents, of so many characters in all, in order: train first, test last. A document
+    is cut only where a split would have less than half of its share without: behind a line that ends near the edge,
+    else behind a word, else at the edge.
     """
     ends = [0]  # and then the end of every document
-    for text, domain in documents:
+    for text, domain in documents_of(knobs):
         ends += [ends[-1]] * (domain is not None)
         ends[-1] += len(text)
         if ends[-1] >= characters:
             break
-    shares = characters * np.array(
-        [1 - knobs.val_fraction - knobs.test_fraction, knobs.val_fraction, knobs.test_fraction]
+    v, t = knobs.val_fraction, knobs.test_fraction
+    shares = characters * np.array([1 - v - t, v, t])
+    edges, near, how = (
+        np.cumsum(shares)[:2].astype(int),
+        shares.min() // 2,
+        "the text is cut, where lines end if it can",
     )
-    edges = np.cumsum(shares)[:2]
     test = min(ends[:-1], key=lambda end: abs(end - edges[1]))
     val = min((end for end in ends if end < test), key=lambda end: abs(end - edges[0]), default=0)
     if (np.diff([0, val, test, characters]) >= shares / 2).all():
-        return [val, test], 0
-    return edges.astype(int).tolist(), shares.min() // 2
-
-
-def cut_near(text, at, near):
-    """Where to cut a text: where a line begins nearer to `at` than `near`, else behind such a word, else at `at`."""
-    for place in (r"\A|(?<=\n)(?!\Z)", r"(?<=\S)(?=\s)"):
-        places = [found.start() for found in re.finditer(place, text) if abs(found.start() - at) < near]
-        if places:
-            return min(places, key=lambda place: abs(place - at))
-    return at
-
-
-def by_position(documents, edges, near):
-    """(text, domain, split) of documents in order, train first and test last, as edges_of says."""
+        edges, near, how = [val, test], 0, "whole documents go by position"
+    print(f"too few documents to draw the splits, so {how}: the beginning is train, the end is test")
     edges, split, read, name = [*edges, sys.maxsize], 0, 0, ""
-    for text, domain in documents:
+    for text, domain in documents_of(knobs):
         name = name if domain is None else domain
         while read + len(text) > edges[split]:
-            cut = cut_near(text, edges[split] - read, near)
+            at = int(edges[split]) - read
+            low = max(0, at - int(near))
+            cut = text.rfind("\n", low, at) + 1 or text.rfind(" ", low, at) + 1 or at
+            cut = 0 if domain is not None and at < near else cut
             if cut:
                 yield text[:cut], domain, split
             text, domain, read, split = text[cut:], name, read + cut, split + 1
@@ -177,7 +152,7 @@ def encoded(documents, tokenizer, knobs, counts):
     """
     room = max(2, knobs.max_tokens or sys.maxsize)  # one token and its end-of-text
     with ThreadPoolExecutor(knobs.num_proc) as pool, tqdm(unit="B", unit_scale=True, disable=None) as bar:
-        for batch in batches_of(documents):
+        while batch := list(itertools.islice(documents, 256)):
             ids_of_batch = pool.map(lambda document: encode(tokenizer, document[0]), batch)
             for (text, domain, split), (ids, damaged) in zip(batch, ids_of_batch, strict=True):
                 bar.update(len(text))
@@ -311,8 +286,8 @@ def main():
     knobs = configure(Knobs, sys.argv[1:])
     folder, counts = os.path.join(knobs.data_dir, knobs.name), Counter()
     check(not is_nanogpt(folder), f"{folder}: holds a corpus of nanoGPT, which would be lost; take another --name")
-    kinds = Counter(kind_of(path)[0] for path in knobs.paths)
-    check_used(knobs, kinds)
+    kinds = Counter(map(kind_of, knobs.paths))
+    check_used(knobs, kinds.keys())
     if kinds.total() > 1:
         print(f"reading {', '.join(f'{n:,} {kind} files' for kind, n in kinds.most_common())}")
     tokenizer = get_tokenizer(knobs.tokenizer)
@@ -330,12 +305,7 @@ def main():
         try:
             written, by_domain = write_corpus(itertools.chain([first], pieces), tokenizer, knobs, folder)
         except EmptySplit:
-            edges, near = edges_of(documents_of(knobs), knobs, counts["characters"])
-            how = (
-                "the text is cut by position, where a line or a word ends" if near else "whole documents go by position"
-            )
-            print(f"too few documents to draw the splits, so {how}: the beginning is train, the end test")
-            documents, counts = by_position(documents_of(knobs), edges, near), Counter()
+            documents, counts = by_position(knobs, counts["characters"]), Counter()
             pieces = encoded(documents, tokenizer, knobs, counts)
             written, by_domain = write_corpus(pieces, tokenizer, knobs, folder)
         meta = dict(name=knobs.name, source=knobs.source, tokenizer=knobs.tokenizer, vocab_size=tokenizer.n_vocab)
@@ -348,10 +318,10 @@ def main():
     if len(by_domain) > 1:
         most = (f"{name} {n / by_domain.total():.1%}" for name, n in by_domain.most_common(20))
         print(f"tokens by domain, the largest of {len(by_domain):,}: {', '.join(most)}")
-    if counts["empty"]:
-        print(f"{counts['empty']:,} documents had no text and were left out")
-    if counts["damaged"]:
-        print(f"{counts['damaged']:,} documents had text that is not Unicode: U+FFFD stands for it")
+    told = dict(empty="no text and were left out", damaged="text that is not Unicode: U+FFFD stands for it")
+    for key in told:
+        if counts[key]:
+            print(f"{counts[key]:,} documents had {told[key]}")
     print(f"{folder}: ready for --dataset={knobs.name} --data_dir={knobs.data_dir}")
 
 

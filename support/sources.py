@@ -57,7 +57,7 @@ def paths_of(knobs):
         for path in found:
             files = [path, *sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))]
             files = [name for name in files if is_text(name)]
-            if any(kind_of(name)[0] not in PLAIN for name in files):  # a README beside them describes them
+            if any(kind_of(name) not in PLAIN for name in files):  # a README beside them describes them
                 files = [name for name in files if os.path.basename(name) != "README.md"]
             check(files, f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
             paths += files
@@ -65,26 +65,25 @@ def paths_of(knobs):
 
 
 def kind_of(path):
-    """The ending of a file's name and that of its compression: ('.jsonl', '.gz') of a.jsonl.gz."""
+    """The ending of a file's name, without that of its compression: '.jsonl' of a.jsonl.gz."""
     base, last = os.path.splitext(path.lower())
-    inner = os.path.splitext(base)[1]
-    return (inner, last) if last in PACKED and inner != ".parquet" else (last, "")
+    return os.path.splitext(base)[1] if last in PACKED else last
 
 
 def is_text(path):
     """Whether a file may have documents: the meta.json of a corpus has none."""
     own = os.path.basename(path) == "meta.json" and os.path.isfile(os.path.join(os.path.dirname(path), "train.bin"))
-    return os.path.isfile(path) and kind_of(path)[0] in KINDS and not own
+    return os.path.isfile(path) and kind_of(path) in KINDS and not own
 
 
 def file_documents(path, knobs):
     import pyarrow  # comes with `datasets`
 
-    kind, packed = kind_of(path)
+    kind = kind_of(path)
     if kind == ".parquet":
         yield from row_documents(parquet_rows(path, knobs), path, knobs)
         return
-    opened = lzma.LZMAFile if packed == ".xz" else pyarrow.input_stream  # which decompresses .gz and .zst
+    opened = lzma.LZMAFile if path.lower().endswith(".xz") else pyarrow.input_stream  # which decompresses .gz and .zst
     with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
         if kind in PLAIN:
             yield from plain_documents(file, MARKS[knobs.split_documents])
@@ -94,7 +93,7 @@ def file_documents(path, knobs):
             yield from row_documents(rows, path, knobs)
 
 
-def plain_documents(file, marks, characters=2**18):
+def plain_documents(file, marks, characters=2**16):
     """
     The documents of a plain text, split at the pattern `marks` (None: the file is one document), with the domain 'all'.
     One of more than `characters` comes in pieces, cut before a space, where GPT-2's tokens are those of the whole, or
@@ -194,7 +193,7 @@ def hub_rows(knobs):
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         mends = {
             "[Nn]o space|disk space|[Qq]uota": f"; HF_HOME={home} is full: name another folder, or try --max_tokens",
-            "column|CastError|JSON parse": "; download its files, which --source='<folder>/*.jsonl' reads row by row",
+            "column|CastError|JSON parse": "; download its files, which --source=<folder> reads row by row",
         }
         mend = next((mend for found, mend in mends.items() if re.search(found, what)), "")
         raise UserError(f"--source={knobs.source}: could not be read by the library datasets ({what}){mend}") from error
@@ -208,15 +207,16 @@ def python_documents():
     from pydoc_data.topics import topics
 
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
-    root, paths, documents = sysconfig.get_path("stdlib"), [], {}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - skipped)
-        paths += [pathlib.Path(folder, name) for name in sorted(names) if name.endswith(".py")]
-    package = [[*path.relative_to(root).parts[:-1], "modules"][0] for path in paths]
-    files = Counter(package)
-    for path, domain in zip(paths, package, strict=True):
+    root, documents = pathlib.Path(sysconfig.get_path("stdlib")), {}
+    places = [path.relative_to(root).parts for path in root.rglob("*.py")]
+    places = [parts for parts in places if not skipped & set(parts[:-1])]
+    # the files of a folder before those of its subfolders
+    places.sort(key=lambda parts: [*((1, part) for part in parts[:-1]), (0, parts[-1])])
+    packages = [[*parts[:-1], "modules"][0] for parts in places]
+    files = Counter(packages)
+    for parts, domain in zip(places, packages, strict=True):
         # what is not UTF-8 becomes lone surrogates, which `encode` replaces and counts
-        text = path.read_text("utf-8", "surrogateescape")
+        text = root.joinpath(*parts).read_text("utf-8", "surrogateescape")
         documents.setdefault(text, domain if files[domain] >= 20 else "packages")
     for name in sorted(topics):
         documents.setdefault(topics[name], "topics")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -281,7 +282,7 @@ def test_the_side_of_a_document_follows_seed_and_index_alone(jsonl, tmp_path, mo
     found = documents_of(f"{tmp_path}/texts")
     with open(jsonl, encoding="utf-8") as whole, open(tmp_path / "fewer.jsonl", "w", encoding="utf-8") as fewer:
         fewer.writelines(line for i, line in enumerate(whole) if i < 150)
-    monkeypatch.setattr(prepare_owt.batches_of, "__defaults__", (100, 7))
+    monkeypatch.setattr(prepare_owt.itertools, "islice", lambda documents, count: islice(documents, 7))
     prepare(monkeypatch, f"--source={tmp_path}/fewer.jsonl", *flags)
     assert documents_of(f"{tmp_path}/fewer") == {text: found[text] for text in TEXTS[:150]}
 
@@ -444,7 +445,7 @@ def test_one_text_file_is_cut_by_position_at_line_ends(tmp_path, monkeypatch, ca
     (tmp_path / "input.txt").write_text(text)
     prepare(monkeypatch, f"--source={tmp_path}/input.txt", "--tokenizer=bytes", f"--data_dir={tmp_path}/data")
     said = capsys.readouterr().out
-    assert "too few documents to draw the splits, so the text is cut by position, where a line or a word ends" in said
+    assert "too few documents to draw the splits, so the text is cut, where lines end if it can" in said
     texts = texts_of(f"{tmp_path}/data/input")
     assert "".join(texts.values()) == text and all(part.endswith("\n") for part in texts.values())
     for split, share in dict(train=0.9, val=0.05, test=0.05).items():
@@ -497,8 +498,9 @@ def test_a_cut_by_position_loses_nothing_and_begins_a_document_in_every_split(pa
     documents = [(text, "d" if i == 0 or begins else None) for i, (text, begins) in enumerate(parts)]
     whole = "".join(text for text, _ in documents)
     knobs = prepare_owt.Knobs("python", val_fraction=val, test_fraction=0.2)
-    edges, near = prepare_owt.edges_of(documents, knobs, len(whole))
-    found = list(prepare_owt.by_position(documents, edges, near))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_owt, "documents_of", lambda knobs: documents)
+        found = list(prepare_owt.by_position(knobs, len(whole)))
     assert "".join(text for text, _, _ in found) == whole
     splits = [split for _, _, split in found]
     assert splits == sorted(splits)

@@ -233,7 +233,7 @@ def test_compressed_files_of_every_kind(tmp_path):
         (tmp_path / name).write_bytes(whole[: len(whole) - 6])
         with pytest.raises(SystemExit, match=f"--source=.*{name}: could not be read as text"):
             read(tmp_path / name)
-    with pytest.raises(SystemExit, match="a.parquet.gz: expected .parquet, .jsonl"):
+    with pytest.raises(SystemExit, match="a.parquet.gz: could not be read as text .ArrowInvalid"):
         (tmp_path / "a.parquet.gz").write_bytes(b"")
         read(tmp_path / "a.parquet.gz")
 
@@ -346,7 +346,7 @@ def test_a_hub_s_data_set_is_streamed_where_little_of_it_is_wanted(hub_folder, m
 @pytest.mark.parametrize(
     "error, mend",
     [
-        (ValueError("Couldn't cast a because column names don't match"), "--source='<folder>/.*' reads row by row"),
+        (ValueError("Couldn't cast a because column names don't match"), "--source=<folder> reads row by row"),
         (ConnectionError("no route"), "ConnectionError: no route.$"),
     ],
 )
