@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from data_value import Embedding, LayerNorm, Linear, LossHead
 from support.configurator import UserError, check
+from support.files import is_hub_id
 
 # The settings of transformers' configuration that change what its GPT-2 computes, and what this file computes. (Not
 # here: reorder_and_upcast_attn, which has another rounding, and the shape and dropout, which GPTConfig has.)
@@ -153,11 +154,14 @@ class GPT(nn.Module):
         transformers' format. Raises UserError where transformers is not installed, the weights cannot be had, or the
         model is not GPT-2 as this file computes it.
         """
+        check(os.path.isdir(name) or is_hub_id(name), f"--init_from={name}: no such folder")
         try:
+            from huggingface_hub import logging
             from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError:
             raise UserError(f"--init_from={name} needs transformers: pip install transformers") from None
         flag = f"--init_from={name}"
+        logging.set_verbosity_error()  # not a word of its retries
         try:
             found, _ = GPT2Config.get_config_dict(name)
             allowed = HUGGING_FACE | dict(n_inner=(4 * found.get("n_embd", found.get("hidden_size", 768)),))

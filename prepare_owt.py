@@ -12,10 +12,8 @@ Text -> tokens: data/<name>/{train,val,test}.bin, where each document begins, an
 Files are .parquet, .jsonl, .json or .csv, of which only the text and the domain are read, or .txt or .md; all but
 .parquet also with .gz, .xz or .zst. A document's split is drawn; if one were empty, the text is cut by position.
 
-The .bin files are nanoGPT's: uint16 token ids, an end-of-text token behind every document. <split>_docs.npy holds the
-first token of every document and its domain, an index into meta.json's domains; <split>.crc holds the CRC-32 of every
-4,096 bytes of the .bin. meta.json is written last: a folder without it is no corpus, and a corpus is replaced only once
-its successor is whole. Memory grows neither with the corpus nor with a document of plain text.
+The .bin files are nanoGPT's; docs/files.md describes the others. meta.json is written last, and a corpus is replaced
+once its successor is whole. Memory grows neither with the corpus nor with a document of plain text.
 """
 
 import bisect
@@ -37,7 +35,7 @@ from tqdm import tqdm
 from support.configurator import UserError, check, configure
 from support.corpus import DOCUMENT, PAGE, SPLITS, checksum_of, get_tokenizer, is_nanogpt, mapped, sha256_of
 from support.files import atomic_write, lock, writing
-from support.sources import KINDS, MARKS, documents_of, kind_of, paths_of
+from support.sources import KINDS, MARKS, PACKED, PLAIN, documents_of, kind_of, paths_of
 
 
 @dataclass
@@ -60,17 +58,28 @@ class Knobs:
     def __post_init__(self):
         v, t = self.val_fraction, self.test_fraction
         check(min(v, t) > 0 and v + t < 1, f"--val_fraction={v} --test_fraction={t}: expected above 0, in all below 1")
-        found = f"--num_proc={self.num_proc} --seed={self.seed} --max_tokens={self.max_tokens}"
-        check(self.num_proc > 0 and min(self.seed, self.max_tokens) >= 0, f"{found}: expected at least 1, 0 and 0")
+        for key, low in dict(num_proc=1, seed=0, max_tokens=0).items():
+            check(getattr(self, key) >= low, f"--{key}={getattr(self, key)}: expected at least {low}")
         check(self.split_documents in MARKS, f"--split_documents={self.split_documents}: expected {', '.join(MARKS)}")
         self.tokenizer = self.tokenizer or ("bytes" if self.source == "python" else "gpt2")
         check(self.tokenizer in ("gpt2", "bytes"), f"--tokenizer={self.tokenizer}: expected gpt2 or bytes")
         if not self.name:
-            name = os.path.basename(os.path.abspath(self.source))
-            kind, packed = kind_of(name)
-            self.name = name[: len(name) - len(kind + packed)] if kind in KINDS else name  # a hub id may have dots
+            self.name = os.path.basename(os.path.abspath(self.source))
+            for ending in (*PACKED, *KINDS):  # a hub id may have other dots
+                self.name = self.name.removesuffix(ending)
             one = os.path.exists(self.source) or not (glob.has_magic(self.name) or "," in self.source)
             check(one and self.name, f"--source={self.source}: give the corpus a name, --name=<folder>")
+        self.paths = [] if is_nanogpt(self.source) else paths_of(self)
+
+
+def check_used(knobs, kinds):
+    """Raise UserError for a knob that this source, files of these `kinds` or none, has no use for."""
+    taken_over, plain, rows = is_nanogpt(knobs.source), kinds & set(PLAIN), kinds - set(PLAIN)
+    hub = not (taken_over or kinds or knobs.source == "python")
+    used = dict(max_tokens=not taken_over, seed=not taken_over, config=hub, split=hub, split_documents=plain)
+    for key, of_use in (used | dict.fromkeys(("text_field", "domain_field"), hub or rows)).items():
+        value, default = getattr(knobs, key), getattr(Knobs, key)
+        check(of_use or value == default, f"--{key}={value}: {knobs.source} has no use for it; leave it out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,28 +88,12 @@ class Knobs:
 
 def encode(tokenizer, text):
     """The tokens of a text as uint16, and whether U+FFFD stands for lone surrogates. '<|endoftext|>' in it is text."""
-    try:
-        raw, damaged = text.encode(), False
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken's encode does
-        raw, damaged = text.encode(), True
+    clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken's encode does
     if tokenizer.name == "bytes":  # the same tokens as the Encoding's, without its search for merges
-        tokens = np.frombuffer(raw, dtype=np.uint8)
+        tokens = np.frombuffer(clean.encode(), dtype=np.uint8)
     else:
-        tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-    return tokens.astype("<u2"), damaged
-
-
-def batches_of(documents, characters=2**22, count=2**12):
-    """Lists of documents, each of about `characters` characters and at most `count` documents."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[0])
-        if size >= characters or len(batch) == count:
-            yield batch
-            batch, size = [], 0
-    yield batch
+        tokens = tokenizer.encode_to_numpy(clean, disallowed_special=())
+    return tokens.astype("<u2"), clean != text
 
 
 def by_chance(documents, knobs):
@@ -113,18 +106,38 @@ def by_chance(documents, knobs):
         yield text, domain, split
 
 
-def by_position(documents, knobs, characters):
+def by_position(knobs, characters):
     """
-    (text, domain, split) of documents of so many characters, train first and test last. A document is cut behind its
-    last line that ends before the edge, or at the edge where there is none.
+    (text, domain, split) of the documents, of so many characters in all, in order: train first, test last. A document
+    is cut only where a split would have less than half of its share without: behind a line that ends near the edge,
+    else behind a word, else at the edge.
     """
-    edges = [characters * (1 - knobs.val_fraction - knobs.test_fraction), characters * (1 - knobs.test_fraction)]
-    split, read, name = 0, 0, ""
-    for text, domain in documents:
+    ends = [0]  # and then the end of every document
+    for text, domain in documents_of(knobs):
+        ends += [ends[-1]] * (domain is not None)
+        ends[-1] += len(text)
+        if ends[-1] >= characters:
+            break
+    v, t = knobs.val_fraction, knobs.test_fraction
+    shares = characters * np.array([1 - v - t, v, t])
+    edges, near, how = (
+        np.cumsum(shares)[:2].astype(int),
+        shares.min() // 2,
+        "the text is cut, where lines end if it can",
+    )
+    test = min(ends[:-1], key=lambda end: abs(end - edges[1]))
+    val = min((end for end in ends if end < test), key=lambda end: abs(end - edges[0]), default=0)
+    if (np.diff([0, val, test, characters]) >= shares / 2).all():
+        edges, near, how = [val, test], 0, "whole documents go by position"
+    print(f"too few documents to draw the splits, so {how}: the beginning is train, the end is test")
+    edges, split, read, name = [*edges, sys.maxsize], 0, 0, ""
+    for text, domain in documents_of(knobs):
         name = name if domain is None else domain
-        while split < 2 and read + len(text) > edges[split]:
-            room = max(0, int(edges[split]) - read)
-            cut = text.rfind("\n", 0, room) + 1 or room
+        while read + len(text) > edges[split]:
+            at = int(edges[split]) - read
+            low = max(0, at - int(near))
+            cut = text.rfind("\n", low, at) + 1 or text.rfind(" ", low, at) + 1 or at
+            cut = 0 if domain is not None and at < near else cut
             if cut:
                 yield text[:cut], domain, split
             text, domain, read, split = text[cut:], name, read + cut, split + 1
@@ -134,33 +147,26 @@ def by_position(documents, knobs, characters):
 
 def encoded(documents, tokenizer, knobs, counts):
     """
-    (ids, domain, split) of documents with splits: tokens (n,) uint16, an end-of-text behind every document. Adds to the
-    Counter `counts` the 'characters', the documents left out as 'empty', and the 'damaged' ones: see encode.
+    (ids, domain, split) of documents: tokens (n,) uint16. Adds to the Counter `counts` the 'characters', the
+    documents left out as 'empty', and the 'damaged' ones: see encode.
     """
-    eot, room, begun = np.array([tokenizer.eot_token], dtype="<u2"), knobs.max_tokens or sys.maxsize, None
+    room = max(2, knobs.max_tokens or sys.maxsize)  # one token and its end-of-text
     with ThreadPoolExecutor(knobs.num_proc) as pool, tqdm(unit="B", unit_scale=True, disable=None) as bar:
-        for batch in batches_of(documents):
+        while batch := list(itertools.islice(documents, 256)):
             ids_of_batch = pool.map(lambda document: encode(tokenizer, document[0]), batch)
             for (text, domain, split), (ids, damaged) in zip(batch, ids_of_batch, strict=True):
                 bar.update(len(text))
                 if not text:
                     counts["empty"] += domain is not None
                     continue
-                if domain is not None:
-                    if begun is not None:
-                        yield eot, None, begun
-                    begun = split
-                    room -= 1  # for its end-of-text
+                room -= domain is not None
                 kept = ids[:room]
-                yield kept, domain, split
                 room -= len(kept)
+                yield kept, domain, split
                 counts["characters"] += len(text) * len(kept) // len(ids)
                 counts["damaged"] += damaged
                 if room < 2:
-                    yield eot, None, split
                     return
-    if begun is not None:
-        yield eot, None, begun
 
 
 def nanogpt_pieces(tokenizer, knobs):
@@ -171,16 +177,14 @@ def nanogpt_pieces(tokenizer, knobs):
     folder, most = knobs.source, 2**20  # tokens at a time
     mend = f"prepare its text with --source={folder}/input.txt --tokenizer=bytes"
     check(not os.path.exists(f"{folder}/meta.pkl"), f"{folder}/meta.pkl: the tokens are characters; {mend}")
-    for key in ("max_tokens", "config", "domain_field", "split_documents"):
-        value = getattr(knobs, key)
-        check(value == getattr(Knobs, key), f"--{key}={value}: {folder} is taken over as it is; leave it out")
     train, val = (mapped(f"{folder}/{name}.bin", "<u2") for name in ("train", "val"))
     edge = int(len(val) * knobs.val_fraction / (knobs.val_fraction + knobs.test_fraction))
     near = max(0, edge - most)
     ends = np.flatnonzero(val[near:edge] == tokenizer.eot_token)
     edge = near + ends[-1] + 1 if len(ends) else edge
     some = len(train) and 0 < edge < len(val)
-    check(some, f"--source={folder}: a split would be empty; change --val_fraction or --test_fraction")
+    found = f"{folder}: a split would be empty, since train.bin has {len(train):,} tokens and val.bin {len(val):,}"
+    check(some, f"{found}; take another corpus, or change --val_fraction or --test_fraction")
     for split, name, tokens in (0, "train", train), (1, "val", val[:edge]), (2, "val", val[edge:]):
         domain = "all"
         for ids in np.split(tokens, range(most, len(tokens), most)):
@@ -204,8 +208,9 @@ class EmptySplit(UserError):
 class Split:
     """A split on its way into `folder`: its tokens, and where each of its documents begins."""
 
-    def __init__(self, folder, name, stack):
+    def __init__(self, folder, name, eot, stack):
         self.name, self.path, self.tokens, self.documents = name, f"{folder}/{name}", 0, 0
+        self.eot = self.last = eot  # an end-of-text token; the last token
         self.bin = stack.enter_context(atomic_write(f"{self.path}.bin"))
         self.docs = stack.enter_context(atomic_write(f"{self.path}_docs.npy"))
         self.write_header()
@@ -218,13 +223,21 @@ class Split:
     def write(self, ids, domain):
         """The tokens begin a document of the domain of this index, or go on with one where it is None."""
         if domain is not None:
+            self.end_document()
             self.docs.write(np.array((self.tokens, domain), dtype=DOCUMENT).tobytes())
             self.documents += 1
         self.bin.write(ids)
         self.tokens += len(ids)
+        self.last = ids[-1]
+
+    def end_document(self):
+        """An end-of-text token stands behind every document; nanoGPT's have it already."""
+        if self.last != self.eot:
+            self.write(np.array([self.eot], dtype="<u2"), None)
 
     def finish(self):
         """Write <split>.crc; returns what meta.json says about the split."""
+        self.end_document()
         self.docs.seek(0)
         self.write_header()
         self.docs.flush()
@@ -234,22 +247,23 @@ class Split:
         return counts | dict(docs_sha256=sha256_of(self.docs.name), crc_sha256=crc_sha256)
 
 
-def write_corpus(pieces, tokenizer, folder):
+def write_corpus(pieces, tokenizer, knobs, folder):
     """
     Write pieces, (ids, domain, split), into `folder`. Returns what meta.json says about them, and the tokens of every
     domain, a Counter. Raises EmptySplit, and leaves the folder as it was, where a split is empty.
     """
     domains, by_domain, name = {}, Counter(), None
     with ExitStack() as stack:
-        splits = [Split(folder, name, stack) for name in SPLITS]
+        splits = [Split(folder, name, tokenizer.eot_token, stack) for name in SPLITS]
         for ids, domain, split in pieces:
             name = name if domain is None else domain
             splits[split].write(ids, None if domain is None else domains.setdefault(domain, len(domains)))
             by_domain[name] += len(ids)
         empty = [split.name for split in splits if not split.documents]
         if empty:
-            found = f"none of the {sum(split.documents for split in splits):,} documents fell into {empty[0]}"
-            raise EmptySplit(f"{found}; change --val_fraction or --test_fraction, or take more text")
+            short = 0 < knobs.max_tokens < sum(split.tokens for split in splits) + 5  # with end-of-text tokens to come
+            mend = "raise --max_tokens" if short else "take more text, or change --val_fraction or --test_fraction"
+            raise EmptySplit(f"--source={knobs.source}: too little text, no document fell into {empty[0]}; {mend}")
         if os.path.exists(f"{folder}/meta.json"):
             os.remove(f"{folder}/meta.json")  # files are replaced from here on: no corpus until it is written anew
         said = {split.name: split.finish() for split in splits}
@@ -270,15 +284,16 @@ def write_checksums(bin_path, crc_path):
 
 def main():
     knobs = configure(Knobs, sys.argv[1:])
-    tokenizer, counts = get_tokenizer(knobs.tokenizer), Counter()
-    folder = os.path.join(knobs.data_dir, knobs.name)
+    folder, counts = os.path.join(knobs.data_dir, knobs.name), Counter()
     check(not is_nanogpt(folder), f"{folder}: holds a corpus of nanoGPT, which would be lost; take another --name")
+    kinds = Counter(map(kind_of, knobs.paths))
+    check_used(knobs, kinds.keys())
+    if kinds.total() > 1:
+        print(f"reading {', '.join(f'{n:,} {kind} files' for kind, n in kinds.most_common())}")
+    tokenizer = get_tokenizer(knobs.tokenizer)
     if is_nanogpt(knobs.source):
         pieces = nanogpt_pieces(tokenizer, knobs)
     else:
-        kinds = Counter(kind_of(path)[0] for path in paths_of(knobs))
-        if kinds.total() > 1:
-            print(f"reading {', '.join(f'{n:,} {kind} files' for kind, n in kinds.most_common())}")
         pieces = encoded(by_chance(documents_of(knobs), knobs), tokenizer, knobs, counts)
     first = next(pieces, None)  # so that a source that cannot be read fails before anything is written
     check(first is not None, f"--source={knobs.source}: no text in it")
@@ -288,12 +303,11 @@ def main():
             held = stack.enter_context(open(f"{folder}/.lock", "ab"))
         lock(held, folder, "a preparation", "name")
         try:
-            written, by_domain = write_corpus(itertools.chain([first], pieces), tokenizer, folder)
-        except EmptySplit as error:
-            print(f"{error.code.split(';')[0]}, so the text is cut by position, at line ends where it has some:")
-            print("its beginning is train, its end is test (--split_documents makes documents of a text's parts)")
-            documents, counts = by_position(documents_of(knobs), knobs, counts["characters"]), Counter()
-            written, by_domain = write_corpus(encoded(documents, tokenizer, knobs, counts), tokenizer, folder)
+            written, by_domain = write_corpus(itertools.chain([first], pieces), tokenizer, knobs, folder)
+        except EmptySplit:
+            documents, counts = by_position(knobs, counts["characters"]), Counter()
+            pieces = encoded(documents, tokenizer, knobs, counts)
+            written, by_domain = write_corpus(pieces, tokenizer, knobs, folder)
         meta = dict(name=knobs.name, source=knobs.source, tokenizer=knobs.tokenizer, vocab_size=tokenizer.n_vocab)
         meta |= dict(eot_token=tokenizer.eot_token, seed=knobs.seed, val_fraction=knobs.val_fraction)
         meta |= dict(test_fraction=knobs.test_fraction, **written)
@@ -304,10 +318,10 @@ def main():
     if len(by_domain) > 1:
         most = (f"{name} {n / by_domain.total():.1%}" for name, n in by_domain.most_common(20))
         print(f"tokens by domain, the largest of {len(by_domain):,}: {', '.join(most)}")
-    if counts["empty"]:
-        print(f"{counts['empty']:,} documents had no text and were left out")
-    if counts["damaged"]:
-        print(f"{counts['damaged']:,} documents had text that is not Unicode: U+FFFD stands for it")
+    told = dict(empty="no text and were left out", damaged="text that is not Unicode: U+FFFD stands for it")
+    for key in told:
+        if counts[key]:
+            print(f"{counts[key]:,} documents had {told[key]}")
     print(f"{folder}: ready for --dataset={knobs.name} --data_dir={knobs.data_dir}")
 
 

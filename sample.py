@@ -1,11 +1,9 @@
 """
-Text from a trained model, drawn token by token: with the tokenizer of its corpus for a run of train.py, else with
-GPT-2's.
+Text from a trained model, drawn token by token: with the tokenizer of its corpus, or GPT-2's.
 
     python sample.py --out_dir=out/demo_baseline                                 # from the run's last checkpoint
     python sample.py --out_dir=out/demo_baseline --start="def " --num_samples=3 --temperature=0.5
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt --max_new_tokens=100
-    python sample.py --help                                                      # the knobs
 """
 
 import os
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 
 from model import GPT
 from support.configurator import check, configure
-from support.corpus import get_tokenizer, load_meta
+from support.corpus import get_tokenizer
 from support.files import load_torch, reading
 from support.processes import check_device
 from support.run_folder import WEIGHTS
@@ -34,40 +32,28 @@ class Knobs:
     top_k: int = 200  # draw from the k likeliest tokens
     seed: int = 1337
     device: str = ""  # '': the GPU if there is one, else 'cpu'
-    dtype: str = "float32"  # or 'bfloat16', by autocast
-    compile: bool = False
 
     def __post_init__(self):
         for key, low in dict(num_samples=1, max_new_tokens=1, top_k=1, temperature=0, seed=0).items():
             value = getattr(self, key)
             check(low <= value < 2**63, f"--{key}={value}: must be at least {low} and below 2**63")
-        check(self.dtype in ("float32", "bfloat16"), f"--dtype={self.dtype}: expected float32 or bfloat16")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(knobs):
     """The model of init_from on its device, in eval mode, and the tokenizer of its corpus."""
     path = os.path.join(knobs.out_dir, "ckpt.pt") if knobs.init_from == "resume" else knobs.init_from
-    name = "gpt2"
     if path.endswith(".pt"):
         mend = "--out_dir takes the folder of a run of train.py, --init_from a ckpt.pt"
         checkpoint = load_torch(path, WEIGHTS, mend)
-        model = GPT.from_checkpoint(checkpoint, path)
-        run = checkpoint.get("knobs")  # nanoGPT's have none
-        if "tokenizer" in checkpoint:
-            name = checkpoint["tokenizer"]
-        elif run:  # those of earlier code do not name it
-            name = load_meta(os.path.join(run["data_dir"], run["dataset"]))["tokenizer"]
+        model, name = GPT.from_checkpoint(checkpoint, path), checkpoint.get("tokenizer", "gpt2")  # nanoGPT names none
     else:
-        model = GPT.from_pretrained(path)
+        model, name = GPT.from_pretrained(path), "gpt2"
     tokenizer = get_tokenizer(name)
     size = model.config.vocab_size
     what = f"its vocabulary of {size} is not that of the tokenizer '{name}', {tokenizer.n_vocab}"
     check(size >= tokenizer.n_vocab, f"{path}: {what}; give a model with GPT-2's tokens or train.py's bytes")
-    model.to(knobs.device).eval()
-    if knobs.compile:
-        model.compile(dynamic=True)
-    return model, tokenizer
+    return model.to(knobs.device).eval(), tokenizer
 
 
 @torch.no_grad()
@@ -96,11 +82,10 @@ def main():
     ids = tokenizer.encode(start, allowed_special={"<|endoftext|>"}) or [tokenizer.eot_token]
     idx = torch.tensor([ids], device=knobs.device)
     torch.manual_seed(knobs.seed)
-    with torch.autocast(knobs.device.split(":")[0], torch.bfloat16, enabled=knobs.dtype == "bfloat16"):
-        for _ in range(knobs.num_samples):
-            drawn = generate(model, idx, knobs.max_new_tokens, knobs.temperature, knobs.top_k, tokenizer.n_vocab)
-            print(tokenizer.decode(drawn[0].tolist()))
-            print("---------------")
+    for _ in range(knobs.num_samples):
+        drawn = generate(model, idx, knobs.max_new_tokens, knobs.temperature, knobs.top_k, tokenizer.n_vocab)
+        print(tokenizer.decode(drawn[0].tolist()))
+        print("---------------")
 
 
 if __name__ == "__main__":

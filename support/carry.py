@@ -1,5 +1,6 @@
 """A corpus and GPT-2's BPE in a folder that can be carried, with the tree, to a machine without a network."""
 
+import itertools
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ def pack(source, domain_field, folder):
     # pages as large as a row group, since each is compressed by itself
     options = dict(compression="zstd", compression_level=12, use_dictionary=["domain"], data_page_size=2**28)
     with parquet.ParquetWriter(f"{path}.tmp", schema, **options) as file:
-        for batch in prepare_owt.batches_of(documents, characters=2**24):
+        while batch := list(itertools.islice(documents, 2**12)):
             texts = [text.encode("utf-8", "replace").decode() for text, _ in batch]  # lone surrogates
             file.write_table(pa.table([texts, [domain for _, domain in batch]], schema=schema))
     os.replace(f"{path}.tmp", path)

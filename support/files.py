@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import zipfile
 from contextlib import contextmanager
 
@@ -67,6 +68,12 @@ def reading(path, mend):
     except Exception as error:  # damaged files raise all kinds
         what = f"{type(error).__name__}: {str(error).strip():.80}"
         raise UserError(f"{path}: damaged, or not written by this script ({what}); {mend}") from error
+
+
+def is_hub_id(name):
+    """Whether a name can be one of the Hugging Face hub, 'gpt2' or 'org/set', and is no path of this machine."""
+    here = os.path.exists(name) or os.path.isdir(os.path.dirname(name))
+    return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)) and not here
 
 
 def load_torch(path, keys, mend):

@@ -5,7 +5,6 @@ pieces; the domain of all but the first is None.
 
 import csv
 import glob
-import gzip
 import io
 import json
 import lzma
@@ -16,6 +15,7 @@ import sysconfig
 from collections import Counter
 
 from support.configurator import UserError, check
+from support.files import is_hub_id
 
 PLAIN = (".txt", ".md")
 KINDS = (".parquet", ".jsonl", ".json", ".csv", *PLAIN)  # of files
@@ -28,15 +28,11 @@ BEFORE_SPACE = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 def documents_of(knobs):
     """The documents of knobs.source. Raises UserError naming the file that cannot be read or lacks a field."""
-    paths = paths_of(knobs)
-    plain = knobs.split_documents == "file" or any(kind_of(path)[0] in PLAIN for path in paths)
-    check(plain, f"--split_documents={knobs.split_documents}: {knobs.source} is no plain text; leave it out")
-    check(not (knobs.config and paths), f"--config={knobs.config}: {knobs.source} has no configurations; leave it out")
     if knobs.source == "python":
         yield from python_documents()
-    elif not paths:
+    elif not knobs.paths:
         yield from row_documents(hub_rows(knobs), knobs.source, knobs)
-    for path in paths:
+    for path in knobs.paths:
         try:
             yield from file_documents(path, knobs)
         except Exception as error:  # damaged files raise all kinds
@@ -46,22 +42,22 @@ def documents_of(knobs):
 
 
 def paths_of(knobs):
-    """The files that knobs.source names: none for 'python', and none for what the library `datasets` is to read."""
-    source, paths, exists = knobs.source, [], os.path.exists(knobs.source)
-    hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and kind_of(source)[0] not in KINDS
-    if source == "python" or (hub_id and not exists):
+    """
+    The files that knobs.source names: none for 'python', and none for what the library `datasets` is to read, a hub id
+    or a folder with configurations. Raises UserError where nothing is there.
+    """
+    source, paths, card = knobs.source, [], pathlib.Path(knobs.source, "README.md")
+    described = card.is_file() and "\nconfigs:\n" in card.read_text("utf-8", "replace")
+    on_hub = is_hub_id(source) and not source.lower().endswith((*KINDS, *PACKED))
+    if source == "python" or on_hub or described or (knobs.config and os.path.isdir(source)):
         return []
-    for part in [source] if exists else source.split(","):
+    for part in [source] if os.path.exists(source) else source.split(","):
         found = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
-        check(found, f"--source={part}: no such file")
+        check(found, f"--source={part}: no such file or folder")
         for path in found:
-            card = pathlib.Path(path, "README.md")
-            described = card.is_file() and "\nconfigs:\n" in card.read_text("utf-8", "replace")
-            if described or (knobs.config and os.path.isdir(path)):
-                return []  # it has configurations, as the hub's data sets do
             files = [path, *sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))]
-            files = [name for name in files if kind_of(name)[0] in KINDS and os.path.isfile(name)]
-            if any(kind_of(name)[0] not in PLAIN for name in files):  # a README beside them describes them
+            files = [name for name in files if is_text(name)]
+            if any(kind_of(name) not in PLAIN for name in files):  # a README beside them describes them
                 files = [name for name in files if os.path.basename(name) != "README.md"]
             check(files, f"--source={path}: expected {', '.join(KINDS)}, or a folder that has some")
             paths += files
@@ -69,24 +65,26 @@ def paths_of(knobs):
 
 
 def kind_of(path):
-    """The ending of a file's name and that of its compression: ('.jsonl', '.gz') of a.jsonl.gz."""
+    """The ending of a file's name, without that of its compression: '.jsonl' of a.jsonl.gz."""
     base, last = os.path.splitext(path.lower())
-    inner = os.path.splitext(base)[1]
-    return (inner, last) if last in PACKED and inner != ".parquet" else (last, "")
+    return os.path.splitext(base)[1] if last in PACKED else last
+
+
+def is_text(path):
+    """Whether a file may have documents: the meta.json of a corpus has none."""
+    own = os.path.basename(path) == "meta.json" and os.path.isfile(os.path.join(os.path.dirname(path), "train.bin"))
+    return os.path.isfile(path) and kind_of(path) in KINDS and not own
 
 
 def file_documents(path, knobs):
-    kind, packed = kind_of(path)
+    import pyarrow  # comes with `datasets`
+
+    kind = kind_of(path)
     if kind == ".parquet":
         yield from row_documents(parquet_rows(path, knobs), path, knobs)
         return
-    if packed == ".zst":
-        import pyarrow  # comes with `datasets`
-
-        raw = pyarrow.input_stream(path, compression="zstd")
-    else:
-        raw = {"": open, ".gz": gzip.open, ".xz": lzma.open}[packed](path, "rb")
-    with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+    opened = lzma.LZMAFile if path.lower().endswith(".xz") else pyarrow.input_stream  # which decompresses .gz and .zst
+    with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
         if kind in PLAIN:
             yield from plain_documents(file, MARKS[knobs.split_documents])
         else:
@@ -95,7 +93,7 @@ def file_documents(path, knobs):
             yield from row_documents(rows, path, knobs)
 
 
-def plain_documents(file, marks, characters=2**18):
+def plain_documents(file, marks, characters=2**16):
     """
     The documents of a plain text, split at the pattern `marks` (None: the file is one document), with the domain 'all'.
     One of more than `characters` comes in pieces, cut before a space, where GPT-2's tokens are those of the whole, or
@@ -129,11 +127,11 @@ def row_documents(rows, where, knobs):
         for flag, field in fields.items():
             value = row
             for part in field.split("."):
-                missing = not isinstance(value, dict) or part not in value
-                if missing and value is not None and (i == 1 or flag == "text_field"):
-                    names = ", ".join(value) if isinstance(value, dict) else "none"
+                known = value if isinstance(value, dict) else {}
+                if value is not None and part not in known and (i == 1 or flag == "text_field"):
+                    names = ", ".join(known) or "none"
                     raise UserError(f"--{flag}={field}: {where}, row {i:,} has no such field; there are: {names:.500}")
-                value = None if missing else value[part]
+                value = known.get(part)
             found[flag] = value
         text, domain = found["text_field"], found.get("domain_field", "all")
         if text is not None and not isinstance(text, str):
@@ -152,15 +150,17 @@ def parquet_rows(path, knobs):
 
 
 def json_rows(file):
-    """The rows of JSON lines, each of which is parsed by itself, or of one list."""
+    """The rows of JSON lines, each of which is parsed by itself, or of one value: a list of rows, or a row."""
     for i, line in enumerate(file, 1):
-        if i == 1 and line.lstrip().startswith("["):
-            yield from json.loads(line + file.read())
-        elif not line.isspace():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
+        if line.isspace():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            if i > 1:
                 raise ValueError(f"line {i:,}: {error}") from error
+            found = json.loads(line + file.read())
+        yield from found if isinstance(found, list) else [found]
 
 
 def hub_rows(knobs):
@@ -170,7 +170,10 @@ def hub_rows(knobs):
     options = dict(streaming=True) if streaming else dict(num_proc=knobs.num_proc)
     try:
         import datasets
+        import huggingface_hub
 
+        huggingface_hub.logging.set_verbosity_error()  # not a word of its retries
+        datasets.logging.set_verbosity_error()
         data = datasets.load_dataset(knobs.source, knobs.config or None, split=knobs.split, **options)
         columns = {field.split(".")[0] for field in (knobs.text_field, knobs.domain_field) if field}
         if columns <= set(data.column_names or ()):
@@ -182,11 +185,15 @@ def hub_rows(knobs):
         what = f"{type(cause).__name__}: {cause}"
         if "Traceback" in what:  # of one of the num_proc processes: its first error is the cause of the others
             what = re.search(r"^[\w.]*(?:Error|Exception)\b.*|\Z", what, re.MULTILINE)[0]
+        named = re.search(r"(Config|split)\b.*?\[('.*?')\]", what, re.DOTALL)
+        if named:
+            flag = named[1].lower()
+            found = f"--{flag}={getattr(knobs, flag)}: {knobs.source} has {named[2]:.500}"
+            raise UserError(f"{found}; choose one with --{flag}=<name>") from error
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         mends = {
             "[Nn]o space|disk space|[Qq]uota": f"; HF_HOME={home} is full: name another folder, or try --max_tokens",
-            "Config name|BuilderConfig": "; choose one with --config=<name>",
-            "column|CastError|JSON parse": "; download its files, which --source='<folder>/*.jsonl' reads row by row",
+            "column|CastError|JSON parse": "; download its files, which --source=<folder> reads row by row",
         }
         mend = next((mend for found, mend in mends.items() if re.search(found, what)), "")
         raise UserError(f"--source={knobs.source}: could not be read by the library datasets ({what}){mend}") from error
@@ -200,15 +207,16 @@ def python_documents():
     from pydoc_data.topics import topics
 
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
-    root, paths, documents = sysconfig.get_path("stdlib"), [], {}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - skipped)
-        paths += [pathlib.Path(folder, name) for name in sorted(names) if name.endswith(".py")]
-    package = [[*path.relative_to(root).parts[:-1], "modules"][0] for path in paths]
-    files = Counter(package)
-    for path, domain in zip(paths, package, strict=True):
+    root, documents = pathlib.Path(sysconfig.get_path("stdlib")), {}
+    places = [path.relative_to(root).parts for path in root.rglob("*.py")]
+    places = [parts for parts in places if not skipped & set(parts[:-1])]
+    # the files of a folder before those of its subfolders
+    places.sort(key=lambda parts: [*((1, part) for part in parts[:-1]), (0, parts[-1])])
+    packages = [[*parts[:-1], "modules"][0] for parts in places]
+    files = Counter(packages)
+    for parts, domain in zip(places, packages, strict=True):
         # what is not UTF-8 becomes lone surrogates, which `encode` replaces and counts
-        text = path.read_text("utf-8", "surrogateescape")
+        text = root.joinpath(*parts).read_text("utf-8", "surrogateescape")
         documents.setdefault(text, domain if files[domain] >= 20 else "packages")
     for name in sorted(topics):
         documents.setdefault(topics[name], "topics")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -249,7 +250,7 @@ def test_a_mistake_costs_no_corpus(jsonl, tmp_path, monkeypatch):
     flags = [f"--source={jsonl}", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
     prepare(monkeypatch, *flags)
     meta, found = load_meta(f"{tmp_path}/texts"), documents_of(f"{tmp_path}/texts")
-    for mistake in ("--val_fraction=1e-9", "--text_field=body"):
+    for mistake in ("--max_tokens=4", "--text_field=body"):
         with pytest.raises(SystemExit, match=mistake.split("=")[0]):
             prepare(monkeypatch, *flags, mistake)
         assert load_meta(f"{tmp_path}/texts") == meta and documents_of(f"{tmp_path}/texts") == found
@@ -281,7 +282,7 @@ def test_the_side_of_a_document_follows_seed_and_index_alone(jsonl, tmp_path, mo
     found = documents_of(f"{tmp_path}/texts")
     with open(jsonl, encoding="utf-8") as whole, open(tmp_path / "fewer.jsonl", "w", encoding="utf-8") as fewer:
         fewer.writelines(line for i, line in enumerate(whole) if i < 150)
-    monkeypatch.setattr(prepare_owt.batches_of, "__defaults__", (100, 7))
+    monkeypatch.setattr(prepare_owt.itertools, "islice", lambda documents, count: islice(documents, 7))
     prepare(monkeypatch, f"--source={tmp_path}/fewer.jsonl", *flags)
     assert documents_of(f"{tmp_path}/fewer") == {text: found[text] for text in TEXTS[:150]}
 
@@ -312,7 +313,13 @@ def test_a_document_without_a_domain_is_told_apart(tmp_path, monkeypatch):
         ("python", "python"),
     ],
 )
-def test_the_name_comes_from_the_source(source, name):
+def test_the_name_comes_from_the_source(source, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if source.startswith("a/"):
+        file = f"{source}/a.txt" if source.rstrip("/").endswith("texts") else source
+        os.makedirs(os.path.dirname(file))
+        with open(file, "w", encoding="utf-8"):
+            pass
     assert prepare_owt.Knobs(source=source).name == name
 
 
@@ -347,7 +354,17 @@ def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path, monkeypatch):
         (["--tokenizer=gpt3"], "--tokenizer=gpt3: expected gpt2 or bytes"),
         (["--val_fraction=0.0"], "--val_fraction=0.0 .*above 0"),
         (["--val_fraction=0.6", "--test_fraction=0.6"], "--val_fraction=0.6 --test_fraction=0.6: .*in all below 1"),
-        (["--val_fraction=1e-9"], "fell into val; change --val_fraction or"),
+        (["--max_tokens=4"], "no document fell into .*; raise --max_tokens"),
+        (["--split=nope"], "--split=nope: .*texts.jsonl has no use for it; leave it out"),
+        (["--config=b"], "--config=b: .*texts.jsonl has no use for it; leave it out"),
+        (["--split_documents=line"], "--split_documents=line: .*texts.jsonl has no use for it; leave it out"),
+        (["--source=python", "--config=b"], "--config=b: python has no use for it; leave it out"),
+        (["--source=python", "--split=val"], "--split=val: python has no use for it; leave it out"),
+        (["--source=python", "--domain_field=of"], "--domain_field=of: python has no use for it; leave it out"),
+        (["--source=python", "--split_documents=line"], "--split_documents=line: python has no use for it"),
+        ([f"--source={ROOT}/LICENSE.md"], "LICENSE.md: no such file or folder"),
+        ([f"--source={ROOT}/README.md", "--text_field=b"], "--text_field=b: .*README.md has no use for it"),
+        ([f"--source={ROOT}/README.md", "--domain_field=b"], "--domain_field=b: .*README.md has no use for it"),
         (["--num_proc=0"], "--num_proc=0"),
         (["--sauce=x"], "did you mean 'source'"),
     ],
@@ -428,7 +445,7 @@ def test_one_text_file_is_cut_by_position_at_line_ends(tmp_path, monkeypatch, ca
     (tmp_path / "input.txt").write_text(text)
     prepare(monkeypatch, f"--source={tmp_path}/input.txt", "--tokenizer=bytes", f"--data_dir={tmp_path}/data")
     said = capsys.readouterr().out
-    assert "none of the 1 documents fell into val, so the text is cut by position" in said
+    assert "too few documents to draw the splits, so the text is cut, where lines end if it can" in said
     texts = texts_of(f"{tmp_path}/data/input")
     assert "".join(texts.values()) == text and all(part.endswith("\n") for part in texts.values())
     for split, share in dict(train=0.9, val=0.05, test=0.05).items():
@@ -437,7 +454,7 @@ def test_one_text_file_is_cut_by_position_at_line_ends(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_few_documents_of_one_line_are_cut_where_the_edge_is(n, tmp_path, monkeypatch):
+def test_few_documents_of_one_line_are_cut_between_words(n, tmp_path, monkeypatch):
     rows = [dict(text=f"{i} " + "word " * 100, of=f"d{i}") for i in range(n)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [f"--source={tmp_path}/a.jsonl", "--tokenizer=bytes", f"--data_dir={tmp_path}", "--domain_field=of"]
@@ -446,6 +463,60 @@ def test_few_documents_of_one_line_are_cut_where_the_edge_is(n, tmp_path, monkey
     found = documents_of(f"{tmp_path}/a")
     assert all(text in rows[int(domain[1:])]["text"] for text, (_, domain) in found.items())
     assert [split for split, _ in found.values()] == sorted([split for split, _ in found.values()], key=SPLITS.index)
+    assert {word for text in found for word in text.split()} == {"word", *map(str, range(n))}
+
+
+@pytest.mark.parametrize("n, val, test", [(5, 1, 1), (10, 1, 1), (44, 2, 2)])
+def test_no_document_is_cut_where_there_are_enough(n, val, test, tmp_path, monkeypatch, capsys):
+    rows = [f"row {i:02} of a small\ndata set" for i in range(n)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=row)) + "\n" for row in rows))
+    monkeypatch.setattr(prepare_owt, "by_chance", lambda documents, knobs: ((*document, 0) for document in documents))
+    prepare(monkeypatch, f"--source={tmp_path}/a.jsonl", "--tokenizer=bytes", f"--data_dir={tmp_path}")
+    assert "too few documents to draw the splits, so whole documents go by position" in capsys.readouterr().out
+    expected = dict(train=rows[: n - val - test], val=rows[n - val - test : n - test], test=rows[n - test :])
+    assert by_split(documents_of(f"{tmp_path}/a")) == expected
+
+
+def test_a_large_document_among_tiny_ones_is_cut_at_line_ends(tmp_path, monkeypatch):
+    large = "".join(f"line {i} of the play\n" for i in range(3000))
+    for order in ([large, "a", "b"], ["a", large, "b"], ["a", "b", large]):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=row)) + "\n" for row in order))
+        monkeypatch.setattr(prepare_owt, "by_chance", lambda documents, knobs: ((*one, 0) for one in documents))
+        prepare(monkeypatch, f"--source={tmp_path}/a.jsonl", "--tokenizer=bytes", f"--data_dir={tmp_path}")
+        texts = texts_of(f"{tmp_path}/a")
+        assert "".join(texts.values()) == "".join(order)
+        assert all(0.04 < len(texts[split]) / len(large) < 0.06 for split in ("val", "test"))
+        assert texts["train"].endswith("\n") and texts["val"].endswith("\n")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.text("ab \n", min_size=1, max_size=40), st.booleans()), min_size=1, max_size=8),
+    val=st.sampled_from([0.05, 0.2, 0.3]),
+)
+def test_a_cut_by_position_loses_nothing_and_begins_a_document_in_every_split(parts, val):
+    documents = [(text, "d" if i == 0 or begins else None) for i, (text, begins) in enumerate(parts)]
+    whole = "".join(text for text, _ in documents)
+    knobs = prepare_owt.Knobs("python", val_fraction=val, test_fraction=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_owt, "documents_of", lambda knobs: documents)
+        found = list(prepare_owt.by_position(knobs, len(whole)))
+    assert "".join(text for text, _, _ in found) == whole
+    splits = [split for _, _, split in found]
+    assert splits == sorted(splits)
+    begun = {split: domain for _, domain, split in reversed(found)}
+    assert set(begun.values()) == {"d"} and (len(whole) < 20 or len(begun) == 3)
+
+
+def test_a_text_too_small_for_three_splits_is_refused_with_the_way_to_mend_it(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("ab")
+    flags = [f"--source={tmp_path}/a.txt", "--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    for more in ([], ["--max_tokens=1000"]):
+        with pytest.raises(SystemExit, match="a.txt: too little text, no document fell into val; take more text, or"):
+            prepare(monkeypatch, *flags, *more)
+    for most in range(1, 6):
+        with pytest.raises(SystemExit, match="no document fell into .*; raise --max_tokens"):
+            prepare(monkeypatch, "--source=python", "--name=a", *flags[1:], f"--max_tokens={most}")
 
 
 def test_a_long_document_among_others_stays_one(tmp_path, monkeypatch):
@@ -526,6 +597,16 @@ def test_a_data_dir_that_cannot_be_written_is_named(jsonl, tmp_path, monkeypatch
         assert "\n" not in str(error.value)
 
 
+def test_a_corpus_beside_its_texts_is_no_text(tmp_path, monkeypatch):
+    for i, text in enumerate(TEXTS[:50]):
+        (tmp_path / f"{i}.md").write_text(text + "!", encoding="utf-8")
+    for folder in (tmp_path.parent, tmp_path):  # the corpus is where the texts are, or below
+        flags = [f"--data_dir={folder}", f"--name={tmp_path.name}", "--tokenizer=bytes", "--val_fraction=0.2"]
+        for _ in range(2):
+            prepare(monkeypatch, f"--source={tmp_path}", *flags)
+            assert set(documents_of(f"{folder}/{tmp_path.name}")) == {text + "!" for text in TEXTS[:50]}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A corpus of nanoGPT
 
@@ -578,8 +659,10 @@ def test_what_is_wrong_with_a_corpus_of_nanogpt_is_named(nanogpt, tmp_path, monk
             [f"--data_dir={tmp_path}/nano"],
             "nano/owt: holds a corpus of nanoGPT, which would be lost; take another --name",
         ),
-        (["--max_tokens=5"], "--max_tokens=5: .*is taken over as it is; leave it out"),
-        (["--split_documents=line"], "--split_documents=line: .*is taken over as it is; leave it out"),
+        (["--max_tokens=5"], "--max_tokens=5: .*owt has no use for it; leave it out"),
+        (["--seed=1"], "--seed=1: .*owt has no use for it; leave it out"),
+        (["--text_field=b"], "--text_field=b: .*owt has no use for it; leave it out"),
+        (["--split_documents=line"], "--split_documents=line: .*owt has no use for it; leave it out"),
     ):
         with pytest.raises(SystemExit, match=message):
             prepare(monkeypatch, *flags, *more)
@@ -587,7 +670,9 @@ def test_what_is_wrong_with_a_corpus_of_nanogpt_is_named(nanogpt, tmp_path, monk
     with pytest.raises(SystemExit, match="--tokenizer=bytes: .*val.bin has token 300, bytes has 257 tokens"):
         prepare(monkeypatch, *flags)
     (folder / "val.bin").write_bytes(b"")
-    with pytest.raises(SystemExit, match="--source=.*owt: a split would be empty; change --val_fraction or"):
+    with pytest.raises(
+        SystemExit, match="owt: a split would be empty, since train.bin has 2,770 tokens and val.bin 0; take"
+    ):
         prepare(monkeypatch, *flags, f"--data_dir={tmp_path}/none")
     assert not os.path.exists(tmp_path / "none")
     (folder / "meta.pkl").write_bytes(b"never unpickled")

@@ -79,6 +79,11 @@ def test_of_rows_nothing_but_the_text_and_the_domain_is_read(tmp_path):
     assert read(f"{tmp_path}/*.jsonl", domain_field="d") == [("a", "none"), ("", "none"), ("b", "x"), ("c", "3")]
     (tmp_path / "list.json").write_text(json.dumps(rows[0], indent=1))
     assert read(f"{tmp_path}/list.json", domain_field="d") == [("a", "none"), ("", "none")]
+    (tmp_path / "one.json").write_text(json.dumps(rows[0][0], indent=1))
+    assert read(f"{tmp_path}/one.json", domain_field="d") == [("a", "none")]
+    (tmp_path / "more.json").write_text(json.dumps(dict(version=1, data=rows[0]), indent=1))
+    with pytest.raises(SystemExit, match="more.json, row 1 has no such field; there are: version, data"):
+        read(f"{tmp_path}/more.json")
     parquet.write_table(pa.table({"text": ["a"], "n": [1]}), f"{tmp_path}/0.parquet")
     parquet.write_table(pa.table({"more": [[1]], "text": ["b"]}), f"{tmp_path}/1.parquet")
     assert read(f"{tmp_path}/*.parquet") == [("a", "all"), ("b", "all")]
@@ -228,7 +233,7 @@ def test_compressed_files_of_every_kind(tmp_path):
         (tmp_path / name).write_bytes(whole[: len(whole) - 6])
         with pytest.raises(SystemExit, match=f"--source=.*{name}: could not be read as text"):
             read(tmp_path / name)
-    with pytest.raises(SystemExit, match="a.parquet.gz: expected .parquet, .jsonl"):
+    with pytest.raises(SystemExit, match="a.parquet.gz: could not be read as text .ArrowInvalid"):
         (tmp_path / "a.parquet.gz").write_bytes(b"")
         read(tmp_path / "a.parquet.gz")
 
@@ -250,18 +255,20 @@ def test_a_folder_is_all_files_of_these_kinds_below_it(tmp_path):
     with pytest.raises(SystemExit, match="--source=.*empty: expected .*or a folder that has some"):
         read(tmp_path / "empty")
     for missing in ("none.txt", "none/*.txt", "./none", "a/b/c", f"{folder}/b.txt,none.txt"):
-        with pytest.raises(SystemExit, match=f"--source={re.escape(missing.split(',')[-1])}: no such file"):
+        with pytest.raises(SystemExit, match=f"--source={re.escape(missing.split(',')[-1])}: no such file or folder"):
             read(missing)
 
 
-def test_a_knob_that_does_not_fit_the_source_is_refused(tmp_path):
-    write_lines(tmp_path / "a.jsonl", [dict(text="a")])
-    with pytest.raises(SystemExit, match="--split_documents=line: .*a.jsonl is no plain text; leave it out"):
-        read(tmp_path / "a.jsonl", split_documents="line")
-    with pytest.raises(SystemExit, match="--split_documents=line: python is no plain text; leave it out"):
-        read("python", split_documents="line")
-    with pytest.raises(SystemExit, match="--config=b: .*a.jsonl has no configurations; leave it out"):
-        read(tmp_path / "a.jsonl", config="b")
+@pytest.mark.parametrize(
+    "source", ["texts/none", "texts/none.parquet", "none.jsonl.gz", "none.zst", "./none", "~/none", "/none", "a/b/c"]
+)
+def test_a_mistyped_path_is_refused_and_no_hub_asked(source, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub is asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(SystemExit, match=f"^--source={source}: no such file or folder$"):
+        read(source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,10 +283,40 @@ def test_a_configuration_of_a_data_set_is_chosen_by_its_name(hub_folder):
     assert "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="--text_field=body: .*set, row 1 has no such field; there are: .*text"):
         read(hub_folder, config="a", text_field="body")
-    with pytest.raises(SystemExit, match="'c'.*'a', 'b'.*choose one with --config=<name>"):
+    with pytest.raises(SystemExit, match="--config=c: .*set has 'a', 'b'; choose one with --config=<name>$"):
         read(hub_folder, config="c")
-    with pytest.raises(SystemExit, match="--source=.*nope.*train"):
-        read(hub_folder, config="a", split="nope")
+    for split in ("nope", "train[:10%]"):
+        message = f"--split={re.escape(split)}: .*set has 'train'; choose one with --split=<name>$"
+        with pytest.raises(SystemExit, match=message):
+            read(hub_folder, config="a", split=split)
+
+
+def test_an_unknown_split_of_a_downloaded_data_set_is_told_in_our_words(hub_folder, monkeypatch, tmp_path):
+    import datasets
+
+    load = datasets.load_dataset
+    options = dict(cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, split, **__: load(str(hub_folder), "a", split=split, **options)
+    )
+    with pytest.raises(SystemExit, match="--split=nope: some/set has 'train'; choose one with --split=<name>$"):
+        read("some/set", split="nope")
+
+
+def test_a_hub_that_cannot_be_reached_costs_one_line(monkeypatch, capfd):
+    """Its client says what it tries again, and waits in between."""
+    datasets = pytest.importorskip("datasets")
+    import huggingface_hub
+
+    def unreachable(*arguments, **options):
+        for library in (datasets, huggingface_hub):
+            library.logging.get_logger(f"{library.__name__}.http").warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(SystemExit, match="--source=some/set: could not be read by the library datasets .*no route.$"):
+        read("some/set")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_local_data_set_is_read_as_it_is_now(hub_folder):
@@ -309,7 +346,7 @@ def test_a_hub_s_data_set_is_streamed_where_little_of_it_is_wanted(hub_folder, m
 @pytest.mark.parametrize(
     "error, mend",
     [
-        (ValueError("Couldn't cast a because column names don't match"), "--source='<folder>/.*' reads row by row"),
+        (ValueError("Couldn't cast a because column names don't match"), "--source=<folder> reads row by row"),
         (ConnectionError("no route"), "ConnectionError: no route.$"),
     ],
 )
