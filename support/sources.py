@@ -168,6 +168,8 @@ def hub_rows(knobs):
     # the copy of a local folder that `datasets` has made may be an old one, so such a folder is read as it is
     streaming = knobs.max_tokens > 0 or os.path.isdir(knobs.source)
     options = dict(streaming=True) if streaming else dict(num_proc=knobs.num_proc)
+    if not os.path.isdir(knobs.source):
+        print(f"asking the Hugging Face hub for {knobs.source}")
     try:
         import datasets
         import huggingface_hub
@@ -193,6 +195,7 @@ def hub_rows(knobs):
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         mends = {
             "[Nn]o space|disk space|[Qq]uota": f"; HF_HOME={home} is full: name another folder, or try --max_tokens",
+            "Connection|on the Hub": "; is there a network, and a data set of this name?",
             "column|CastError|JSON parse": "; download its files, which --source=<folder> reads row by row",
         }
         mend = next((mend for found, mend in mends.items() if re.search(found, what)), "")
