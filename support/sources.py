@@ -19,7 +19,7 @@ from support.files import is_hub_id
 
 PLAIN = (".txt", ".md")
 KINDS = (".parquet", ".jsonl", ".json", ".csv", *PLAIN)  # of files
-PACKED = (".gz", ".xz", ".zst")
+PACKED = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 # what stands between two documents of plain text, beside the newlines around it
 MARKS = {"file": None, "line": r"\n", "blank_line": r"\n(?:[ \t]*\r?\n)+", "<|endoftext|>": r"<\|endoftext\|>"}
 # GPT-2's pattern crosses from no other character to a space: a text that is cut there has the tokens of the whole
@@ -83,8 +83,9 @@ def file_documents(path, knobs):
     if kind == ".parquet":
         yield from row_documents(parquet_rows(path, knobs), path, knobs)
         return
-    opened = lzma.LZMAFile if path.lower().endswith(".xz") else pyarrow.input_stream  # which decompresses .gz and .zst
-    with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
+    packed = PACKED.get(os.path.splitext(path.lower())[1])
+    raw = lzma.LZMAFile(path) if packed == "xz" else pyarrow.input_stream(path, compression=packed)
+    with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         if kind in PLAIN:
             yield from plain_documents(file, MARKS[knobs.split_documents])
         else:

@@ -228,6 +228,8 @@ def test_compressed_files_of_every_kind(tmp_path):
         for packed in (".gz", ".xz", ".zst"):
             plain = dict(split_documents="blank_line") if name in ("a.txt", "A.MD") else {}
             assert read(tmp_path / f"{name}{packed}", **plain) == [("a", "all"), ("b", "all")]
+    (tmp_path / "B.TXT.GZ").write_bytes(gzip.compress(b"b"))
+    assert read(tmp_path / "B.TXT.GZ") == [("b", "all")]
     for name in ("a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst"):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) - 6])
