@@ -4,6 +4,7 @@ pieces; the domain of all but the first is None.
 """
 
 import csv
+import functools
 import glob
 import io
 import json
@@ -84,8 +85,8 @@ def file_documents(path, knobs):
         yield from row_documents(parquet_rows(path, knobs), path, knobs)
         return
     packed = PACKED.get(os.path.splitext(path.lower())[1])
-    raw = lzma.LZMAFile(path) if packed == "xz" else pyarrow.input_stream(path, compression=packed)
-    with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+    opened = lzma.LZMAFile if packed == "xz" else functools.partial(pyarrow.input_stream, compression=packed)
+    with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
         if kind in PLAIN:
             yield from plain_documents(file, MARKS[knobs.split_documents])
         else:
