@@ -120,11 +120,8 @@ def by_position(knobs, characters):
             break
     v, t = knobs.val_fraction, knobs.test_fraction
     shares = characters * np.array([1 - v - t, v, t])
-    edges, near, how = (
-        np.cumsum(shares)[:2].astype(int),
-        shares.min() // 2,
-        "the text is cut, where lines end if it can",
-    )
+    edges, near = np.cumsum(shares)[:2].astype(int), shares.min() // 2
+    how = "the text is cut, where a line or a word ends nearby"
     test = min(ends[:-1], key=lambda end: abs(end - edges[1]))
     val = min((end for end in ends if end < test), key=lambda end: abs(end - edges[0]), default=0)
     if (np.diff([0, val, test, characters]) >= shares / 2).all():

@@ -4,6 +4,7 @@ pieces; the domain of all but the first is None.
 """
 
 import csv
+import functools
 import glob
 import io
 import json
@@ -19,7 +20,7 @@ from support.files import is_hub_id
 
 PLAIN = (".txt", ".md")
 KINDS = (".parquet", ".jsonl", ".json", ".csv", *PLAIN)  # of files
-PACKED = (".gz", ".xz", ".zst")
+PACKED = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 # what stands between two documents of plain text, beside the newlines around it
 MARKS = {"file": None, "line": r"\n", "blank_line": r"\n(?:[ \t]*\r?\n)+", "<|endoftext|>": r"<\|endoftext\|>"}
 # GPT-2's pattern crosses from no other character to a space: a text that is cut there has the tokens of the whole
@@ -83,7 +84,8 @@ def file_documents(path, knobs):
     if kind == ".parquet":
         yield from row_documents(parquet_rows(path, knobs), path, knobs)
         return
-    opened = lzma.LZMAFile if path.lower().endswith(".xz") else pyarrow.input_stream  # which decompresses .gz and .zst
+    packed = PACKED.get(os.path.splitext(path.lower())[1])
+    opened = lzma.LZMAFile if packed == "xz" else functools.partial(pyarrow.input_stream, compression=packed)
     with io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
         if kind in PLAIN:
             yield from plain_documents(file, MARKS[knobs.split_documents])
@@ -168,6 +170,8 @@ def hub_rows(knobs):
     # the copy of a local folder that `datasets` has made may be an old one, so such a folder is read as it is
     streaming = knobs.max_tokens > 0 or os.path.isdir(knobs.source)
     options = dict(streaming=True) if streaming else dict(num_proc=knobs.num_proc)
+    if not os.path.isdir(knobs.source):
+        print(f"asking the Hugging Face hub for {knobs.source}")
     try:
         import datasets
         import huggingface_hub
@@ -193,6 +197,7 @@ def hub_rows(knobs):
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         mends = {
             "[Nn]o space|disk space|[Qq]uota": f"; HF_HOME={home} is full: name another folder, or try --max_tokens",
+            "Connection|on the Hub": "; is there a network, and a data set of this name?",
             "column|CastError|JSON parse": "; download its files, which --source=<folder> reads row by row",
         }
         mend = next((mend for found, mend in mends.items() if re.search(found, what)), "")

@@ -208,11 +208,13 @@ def open_sets(knobs, meta, names, split, seed, stream):
     sets, T, B = {}, knobs.block_size, knobs.batch_size * knobs.gradient_accumulation_steps
     needed = dict(train=B, val=knobs.val_windows or knobs.val_batch_size, test=1)[split]
     smaller = dict(train="--batch_size, --gradient_accumulation_steps, ", val="--val_batch_size, --val_windows, ")
-    domains = None  # of every window of the split, once one is asked for
+    domains, opened = None, {}  # of every window of the split, once one is asked for; {folder: its Tokens}
     for name in names:
         own = os.path.join(knobs.data_dir, knobs.dataset), meta
         folder, theirs = own if name in ("all", *meta["domains"]) else other_corpus(knobs, meta, name)
-        tokens, ids = open_split(folder, split, theirs), None
+        if folder not in opened:
+            opened[folder] = open_split(folder, split, theirs)
+        tokens, ids = opened[folder], None
         n = count_windows(tokens, T)
         if name != "all" and name in meta["domains"]:
             if domains is None:

@@ -445,7 +445,7 @@ def test_one_text_file_is_cut_by_position_at_line_ends(tmp_path, monkeypatch, ca
     (tmp_path / "input.txt").write_text(text)
     prepare(monkeypatch, f"--source={tmp_path}/input.txt", "--tokenizer=bytes", f"--data_dir={tmp_path}/data")
     said = capsys.readouterr().out
-    assert "too few documents to draw the splits, so the text is cut, where lines end if it can" in said
+    assert "too few documents to draw the splits, so the text is cut, where a line or a word ends nearby" in said
     texts = texts_of(f"{tmp_path}/data/input")
     assert "".join(texts.values()) == text and all(part.endswith("\n") for part in texts.values())
     for split, share in dict(train=0.9, val=0.05, test=0.05).items():

@@ -228,6 +228,8 @@ def test_compressed_files_of_every_kind(tmp_path):
         for packed in (".gz", ".xz", ".zst"):
             plain = dict(split_documents="blank_line") if name in ("a.txt", "A.MD") else {}
             assert read(tmp_path / f"{name}{packed}", **plain) == [("a", "all"), ("b", "all")]
+    (tmp_path / "B.TXT.GZ").write_bytes(gzip.compress(b"b"))
+    assert read(tmp_path / "B.TXT.GZ") == [("b", "all")]
     for name in ("a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst"):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) - 6])
@@ -314,9 +316,11 @@ def test_a_hub_that_cannot_be_reached_costs_one_line(monkeypatch, capfd):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(SystemExit, match="--source=some/set: could not be read by the library datasets .*no route.$"):
+    with pytest.raises(
+        SystemExit, match="--source=some/set: could not be read .*no route.; is there a network, and a data"
+    ):
         read("some/set")
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("asking the Hugging Face hub for some/set\n", "")
 
 
 def test_a_local_data_set_is_read_as_it_is_now(hub_folder):
@@ -347,7 +351,7 @@ def test_a_hub_s_data_set_is_streamed_where_little_of_it_is_wanted(hub_folder, m
     "error, mend",
     [
         (ValueError("Couldn't cast a because column names don't match"), "--source=<folder> reads row by row"),
-        (ConnectionError("no route"), "ConnectionError: no route.$"),
+        (ConnectionError("no route"), "ConnectionError: no route.; is there a network, and a data set of this name.$"),
     ],
 )
 def test_what_the_library_finds_comes_with_a_mend(error, mend, monkeypatch):
