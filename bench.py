@@ -40,9 +40,9 @@ from data_value import (
     validation_gradient,
 )
 from model import GPT, GPTConfig
-from support.configurator import UserError, check_each, configure
+from support.configurator import check_each, configure
 from support.cost import estimate_mfu, memory_mb, peak_tflops, timed
-from support.processes import keep_freed_memory
+from support.processes import check_device, keep_freed_memory
 
 
 @dataclass
@@ -67,10 +67,6 @@ class Knobs:
 
     def __post_init__(self):
         check_each(self, dtype=("float32", "bfloat16"), value_direction=("sgd", "adam"))
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--device={self.device}: no GPU is available here; use --device=cpu")
-        if self.device.startswith("cuda"):  # events and memory are the current device's
-            torch.cuda.set_device(torch.device(self.device).index or 0)
 
 
 def gpt_config(knobs, **changed):
@@ -303,6 +299,7 @@ def main():
         print(json.dumps(result) if knobs.json else "\n".join(budget.table(result)))
         return
     knobs = configure(Knobs, arguments)
+    check_device(knobs.device)
     keep_freed_memory()
     if knobs.memory_of:
         print_peak(knobs)

@@ -126,15 +126,12 @@ def make_model(knobs, vocab_size, checkpoint, resumed):
             model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
         else:
             model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
-        found, n = asdict(model.config), model.config.block_size
-        fits = dict(block_size=shape["block_size"] <= n)  # a longer block is cropped
-        other = [f"--{key}={found[key]}" for key in shape if not fits.get(key, found[key] == shape[key])]
-        given = not checkpoint or resumed  # else transformers' folders say it, or the run has said it
-        check(given or not other, f"--init_from={knobs.init_from}: a model of another shape; use {' '.join(other)}")
-        what = f"--block_size={knobs.block_size}: {knobs.init_from} has {n} positions"
-        check(knobs.block_size <= n, f"{what}; use --block_size={n}")
-        if knobs.block_size < n:
+        if knobs.block_size < model.config.block_size:
             model.crop_block_size(knobs.block_size)
+        found = asdict(model.config)
+        asked = shape if checkpoint and not resumed else ["block_size"]  # transformers or the run has said the rest
+        other = [f"--{key}={found[key]}" for key in asked if found[key] != shape[key]]
+        check(not other, f"--init_from={knobs.init_from}: a model of another shape; use {' '.join(other)}")
         model.to(knobs.device)
     except RuntimeError as error:
         what = f"--n_layer={knobs.n_layer} --n_embd={knobs.n_embd} --init_from={knobs.init_from}"

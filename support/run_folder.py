@@ -84,8 +84,11 @@ class RunFolder:
         if list(found["val_sets"]) == list(self.identity["val_sets"]):  # the same names, as 'other/' and 'other' are
             now["val_sets"] = then["val_sets"]
         other = [key for key in now if key not in FREE_KNOBS and then.get(key) != now[key]]
-        theirs, ours = (" ".join(f"--{key}={knobs.get(key)}" for key in other) for knobs in (then, now))
-        check(not other, f"{ours}: the run of {self.ckpt_path} has others; resume with {theirs}")
+        theirs = " ".join(f"--{key}={then.get(key)}" for key in other)
+        # lr_decay_iters is max_iters where it is not given
+        given = ["max_iters" if key == "lr_decay_iters" and now[key] == knobs.max_iters else key for key in other]
+        ours = " ".join(f"--{key}={now[key]}" for key in given)
+        check(not other, f"{ours}: the run of {self.ckpt_path} began otherwise; resume with {theirs}")
         same = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"))
         same["order"] = "filter_from", "windows"
         for key, (flag, what) in same.items():
@@ -116,7 +119,7 @@ class RunFolder:
         if self.knobs.score and iter_num:  # damage is better known now than at the end
             reached = int(read_log(self.path)["iter"][-1]) + 1
             what = f"{self.path}/dot_prod: ends at iteration {reached}, {self.ckpt_path} at {iter_num}"
-            check(reached == iter_num, what)
+            check(reached == iter_num, f"{what}; bring the missing files back, or train anew in another --out_dir")
 
     def begin(self, model, coverage):
         """Make the folder, begin its run at W&B or go on with it, and write config.json: all it takes to repeat it."""
