@@ -19,7 +19,7 @@ from model import GPT
 from support.configurator import check, configure
 from support.corpus import get_tokenizer, load_meta
 from support.files import load_torch, reading
-from support.processes import check_device
+from support.processes import autocast, check_device
 from support.run_folder import WEIGHTS
 
 
@@ -96,7 +96,7 @@ def main():
     ids = tokenizer.encode(start, allowed_special={"<|endoftext|>"}) or [tokenizer.eot_token]
     idx = torch.tensor([ids], device=knobs.device)
     torch.manual_seed(knobs.seed)
-    with torch.autocast(knobs.device.split(":")[0], torch.bfloat16, enabled=knobs.dtype == "bfloat16"):
+    with autocast(knobs):
         for _ in range(knobs.num_samples):
             drawn = generate(model, idx, knobs.max_new_tokens, knobs.temperature, knobs.top_k, tokenizer.n_vocab)
             print(tokenizer.decode(drawn[0].tolist()))

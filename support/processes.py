@@ -31,7 +31,7 @@ class Ranks:
         return tensor
 
     def gather(self, tensor):
-        """The ranks' (k, b, ...) side by side, (k, b * world, ...), on rank 0; None on the others."""
+        """The ranks' (iters, b, ...) side by side, (iters, b * world, ...), on rank 0; None on the others."""
         if self.world == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world)] if self.rank == 0 else None
@@ -72,6 +72,10 @@ def check_device(device):
         raise UserError(f"--device={device}: no such device here; use --device=cpu")
     if device.startswith("cuda"):  # what is timed and synchronised is the current device
         torch.cuda.set_device(torch.device(device).index or 0)
+
+
+def autocast(knobs):
+    return torch.autocast(knobs.device.split(":")[0], torch.bfloat16, enabled=knobs.dtype == "bfloat16")
 
 
 @contextmanager

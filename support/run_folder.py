@@ -193,7 +193,7 @@ class RunFolder:
         that the log is never behind it. `state` is what the run itself needs to go on.
         """
         if self.entries:
-            dots = self.ranks.gather(torch.stack([entry["dot_product"] for entry in self.entries]))  # (k, B, K)
+            dots = self.ranks.gather(torch.stack([entry["dot_product"] for entry in self.entries]))  # (iters, B, K)
             if self.ranks.rank == 0:
                 logged = [entry | {"dot_product": row} for entry, row in zip(self.entries, dots, strict=True)]
                 write_log(self.path, state["iter_num"], logged, directions)

@@ -476,7 +476,7 @@ def test_a_check_says_for_how_long_it_has_waited(monkeypatch):
         def tolist(self):
             return [-1.0, 0.0, 0.0, 0.0, 0.0]
 
-    watch = train.Watch(SimpleNamespace(knobs=SimpleNamespace(device="cpu")), None)
+    watch = train.Watch(SimpleNamespace(knobs=SimpleNamespace(device="cpu")), None, None)
     watch.first = Slow()
     monkeypatch.setattr("support.watch.time.perf_counter", lambda: next(clock))
     assert watch.check() == 250.0
