@@ -21,8 +21,10 @@ from support.values import log_files, read_log, write_log
 
 FORMAT = 1  # of ckpt.pt; those without a number are of the code before it was written, and read the same
 WEIGHTS = ("model", "model_args")  # what there is in nanoGPT's too
-CHECKPOINT = (*WEIGHTS, "optimizer", "iter_num", "position", "negative", "knobs", "fingerprint")
-CHECKPOINT += ("metrics_bytes", "order", "val_gradients", "val_sets")
+# what a run and its resumption share: the knob that it hangs on, and what it is
+IDENTITY = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"), order=("filter_from", "windows"))
+CHECKPOINT = (*WEIGHTS, *IDENTITY, "optimizer", "iter_num", "position", "negative", "knobs")
+CHECKPOINT += ("metrics_bytes", "val_gradients")
 
 # what may change between the start of a run and its resumption, because the numbers do not depend on it
 FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
@@ -89,10 +91,8 @@ class RunFolder:
         given = ["max_iters" if key == "lr_decay_iters" and now[key] == knobs.max_iters else key for key in other]
         ours = " ".join(f"--{key}={now[key]}" for key in given)
         check(not other, f"{ours}: the run of {self.ckpt_path} began otherwise; resume with {theirs}")
-        same = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"))
-        same["order"] = "filter_from", "windows"
-        for key, (flag, what) in same.items():
-            mend = "bring the old ones back, or train anew in another --out_dir"
+        mend = "bring the old ones back, or train anew in another --out_dir"
+        for key, (flag, what) in IDENTITY.items():
             what = f"--{flag}={now[flag]}: not the {what} that {self.ckpt_path} began with; {mend}"
             check(found[key] == self.identity[key], what)
         knobs.init_from = then["init_from"]  # what config.json shall go on saying
