@@ -23,8 +23,8 @@ FORMAT = 1  # of ckpt.pt; those without a number are of the code before it was w
 WEIGHTS = ("model", "model_args")  # what there is in nanoGPT's too
 # what a run and its resumption share: the knob that it hangs on, and what it is
 IDENTITY = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"), order=("filter_from", "windows"))
-CHECKPOINT = (*WEIGHTS, *IDENTITY, "optimizer", "iter_num", "position", "negative", "knobs")
-CHECKPOINT += ("metrics_bytes", "val_gradients")
+CHECKPOINT = (*WEIGHTS, "optimizer", "iter_num", "position", "negative", "knobs", "metrics_bytes", "val_gradients")
+CHECKPOINT += tuple(IDENTITY)
 
 # what may change between the start of a run and its resumption, because the numbers do not depend on it
 FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
