@@ -75,12 +75,12 @@ class _Linear(torch.autograd.Function):
 
 
 def _dot(samples, direction):
-    """(B, n), (K, n) -> (B, K). A product `@` would be bfloat16 when compiled under autocast."""
+    """(B, out), (K, out) -> (B, K). A product `@` would be bfloat16 when compiled under autocast."""
     return (samples[:, None] * direction).sum(2)
 
 
 def _bias_grad(dy, direction):
-    """The gradient of a bias, (n,), and every sample's share of it dotted with each direction; None, 0 without one."""
+    """A bias's gradient, (out,), and every sample's share of it dotted with each direction; None, 0 without one."""
     if direction is None:
         return None, 0
     sample_db = dy.sum(1, dtype=direction.dtype)
@@ -285,19 +285,19 @@ def precondition(rows, gradients, means, moments, beta2, eps, correction, steppe
 
 
 def set_direction(
-    buffers, gradient, optimizer=None, k=0, stepped=False, without=None, mean=None, precondition=precondition
+    buffers, gradient, optimizer=None, row=0, stepped=False, without=None, mean=None, precondition=precondition
 ):
     """
-    Fill row k of the buffers of `attach_directions` with D. Without an optimizer D = G. With an AdamW, D = P * G for
-    the step that it is about to take: v' = beta2 * v + (1 - beta2) * G^2 and its bias correction, so that a fresh
-    state does not give 1 / eps; or, `stepped`, for the step that it has just taken, whose v is known. `mean` takes the
-    place of G in v', so that the directions of several groups average to that of all. The part of the parameter
-    `without` is zero. `precondition` is the function above or torch.compile of it.
+    Fill one of the K rows of the buffers of `attach_directions` with D. Without an optimizer D = G. With an AdamW, D =
+    P * G for the next step: v' = beta2 * v + (1 - beta2) * G^2 and its bias correction, so that a fresh state does not
+    give 1 / eps; or, `stepped`, for the step just taken, whose v is known. `mean` takes the place of G in v', so that
+    the directions of several groups average to that of all. The part of the parameter `without` is zero. `precondition`
+    is the function above or torch.compile of it.
     """
     mean = mean or gradient
     if optimizer is None:
         for p, g in gradient.items():
-            buffers[p][k].copy_(g)
+            buffers[p][row].copy_(g)
     for group in optimizer.param_groups if optimizer else ():
         beta2, eps, params = group["betas"][1], group["eps"], group["params"]
         if params[0] in optimizer.state:  # all parameters take every step
@@ -306,11 +306,11 @@ def set_direction(
         else:  # the zeros that its state begins with
             step, moments = torch.zeros((), device=params[0].device), [torch.zeros_like(p) for p in params]
         correction = 1 - beta2 ** (step + (not stepped))
-        rows = [buffers[p][k] for p in params]
+        rows = [buffers[p][row] for p in params]
         gradients, means = [gradient[p] for p in params], [mean[p] for p in params]
         precondition(rows, gradients, means, moments, beta2, eps, correction, stepped)
     if without is not None:
-        buffers[without][k].zero_()
+        buffers[without][row].zero_()
 
 
 class Directions:
@@ -341,7 +341,7 @@ class Directions:
         """
         if self.half_life and self.gradients:
             x = math.log(2) / self.half_life
-            weight = math.expm1(-x) / math.expm1(-x * (iter_num + 1))  # (1 - d) / (1 - d^n), as Adam's bias correction
+            weight = math.expm1(-x) / math.expm1(-x * (iter_num + 1))  # (1 - d) / (1 - d^t), as Adam's bias correction
             losses = []
             for old, (new, loss) in zip(self.gradients, fresh, strict=True):
                 torch._foreach_lerp_(list(old.values()), [new[p] for p in old], weight)
@@ -357,7 +357,7 @@ class Directions:
 
     def fill(self, optimizer, stepped=False):
         """Fill the model's buffers: for the step that `optimizer` is about to take or, `stepped`, has just taken."""
-        k = 0
+        row = 0
         for i in range(0, len(self.gradients), self.groups):
             groups = self.gradients[i : i + self.groups]
             mean = mean_gradient(groups)
@@ -365,8 +365,8 @@ class Directions:
                 adamw = optimizer if kind.startswith("adam") else None
                 without = self.tied if kind.endswith("-wte") else None
                 for gradient in groups:
-                    set_direction(self.buffers, gradient, adamw, k, stepped, without, mean, self.precondition)
-                    k += 1
+                    set_direction(self.buffers, gradient, adamw, row, stepped, without, mean, self.precondition)
+                    row += 1
 
     def state(self):
         """What a checkpoint keeps: the running averages, as lists of tensors in the order of the parameters."""

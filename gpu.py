@@ -202,6 +202,7 @@ def steps(knobs, report):
 
     import bench
     import data_value
+    from support.cost import estimate_mfu, peak_tflops
 
     cuda, gpu = knobs.cuda, torch.cuda.get_device_name() if knobs.cuda else ""
     options = dict(val_batch_size=4, dtype="bfloat16", compile=cuda, device=knobs.device, rounds=7 if cuda else 1)
@@ -236,7 +237,9 @@ def steps(knobs, report):
         peak_mb = (peak() - sum(held.values()) + sum(held[owner] for owner in uses)) / 2**20
         times = bench.take_turns(arms, shape)
         ms = 1000 * statistics.median(times[name])
-        mfu = bench.mfu(shape, parameters, ms, gpu) if name in ("stock", "plain", "scored") else None
+        tokens_per_s = shape.batch_size * shape.block_size / ms * 1000
+        share = estimate_mfu(shape, parameters, tokens_per_s, peak_tflops(gpu, "bfloat16"))
+        mfu = share if name in ("stock", "plain", "scored") else None
         report(arm=name, ms=ms, mfu=mfu, peak_mb=peak_mb, first_s=first_s)
         for kernel, (kernel_ms, calls) in list(kernels.items())[:10]:
             report(arm=name, kernel=kernel, part=part_of(kernel), ms=kernel_ms, calls=calls)

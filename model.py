@@ -150,20 +150,24 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):
         """
-        GPT-2 with the weights of `name`: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a local folder in
-        transformers' format. Raises UserError where transformers is not installed, the weights cannot be had, or the
-        model is not GPT-2 as this file computes it.
+        GPT-2 with the weights of `name`: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', another of the hub, or a local
+        folder in transformers' format. Raises UserError where transformers is not installed, the weights cannot be had,
+        or the model is not GPT-2 as this file computes it.
         """
-        check(os.path.isdir(name) or is_hub_id(name), f"--init_from={name}: no such folder")
+        flag = f"--init_from={name}"
+        what = f"{flag}: no such folder; give a folder, a ckpt.pt or a model of the hub"
+        check(os.path.isdir(name) or is_hub_id(name), what)
         try:
             from huggingface_hub import logging
             from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError:
-            raise UserError(f"--init_from={name} needs transformers: pip install transformers") from None
-        flag = f"--init_from={name}"
+            raise UserError(f"{flag} needs transformers: pip install transformers") from None
         logging.set_verbosity_error()  # not a word of its retries
         try:
             found, _ = GPT2Config.get_config_dict(name)
+            load = f"from transformers import GPT2LMHeadModel as M; M.from_pretrained('{name}').save_pretrained('new')"
+            headless = f'{flag}: a GPT2Model, without its head; python -c "{load}", then --init_from=new'
+            check(found.get("architectures") != ["GPT2Model"], headless)
             allowed = HUGGING_FACE | dict(n_inner=(4 * found.get("n_embd", found.get("hidden_size", 768)),))
             for key, values in allowed.items():
                 value, ours = found.get(key), " or ".join(map(str, values)) or "none"

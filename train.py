@@ -31,9 +31,8 @@ from data_value import Directions, choose_kernels, retreat_to_midpoint, validati
 from model import GPT, GPTConfig
 from support import operators
 from support.configurator import UserError, check, check_training, configure
-from support.corpus import get_tokenizer
 from support.cost import line_of, step_cost, timed
-from support.processes import how_to_resume, keep_freed_memory, processes, watch_signals, without_traceback
+from support.processes import autocast, how_to_resume, keep_freed_memory, processes, watch_signals, without_traceback
 from support.run_folder import RunFolder
 from support.values import load_values, write_values
 from support.watch import Watch
@@ -126,15 +125,12 @@ def make_model(knobs, vocab_size, checkpoint, resumed):
             model = GPT(GPTConfig(**shape, dropout=knobs.dropout))
         else:
             model = GPT.from_pretrained(knobs.init_from, knobs.dropout)
-        found, n = asdict(model.config), model.config.block_size
-        fits = dict(block_size=shape["block_size"] <= n)  # a longer block is cropped
-        other = [f"--{key}={found[key]}" for key in shape if not fits.get(key, found[key] == shape[key])]
-        given = not checkpoint or resumed  # else transformers' folders say it, or the run has said it
-        check(given or not other, f"--init_from={knobs.init_from}: a model of another shape; use {' '.join(other)}")
-        what = f"--block_size={knobs.block_size}: {knobs.init_from} has {n} positions"
-        check(knobs.block_size <= n, f"{what}; use --block_size={n}")
-        if knobs.block_size < n:
+        if knobs.block_size < model.config.block_size:
             model.crop_block_size(knobs.block_size)
+        found = asdict(model.config)
+        asked = shape if checkpoint and not resumed else ["block_size"]  # transformers or the run has said the rest
+        other = [f"--{key}={found[key]}" for key in asked if found[key] != shape[key]]
+        check(not other, f"--init_from={knobs.init_from}: a model of another shape; use {' '.join(other)}")
         model.to(knobs.device)
     except RuntimeError as error:
         what = f"--n_layer={knobs.n_layer} --n_embd={knobs.n_embd} --init_from={knobs.init_from}"
@@ -167,42 +163,73 @@ def compile_model(model, knobs, ranks, n_test_sets):
     return DistributedDataParallel(compiled, **{buffers: False}), compiled
 
 
-def forward(net, batch, alpha, seed, knobs, autocast):
+def share_kernels(model, knobs, ranks, n_directions):
+    """Rank 0 chooses the kernels of the weight gradients, and says which; the others take the same."""
+    if ranks.rank == 0:
+        print(choose_kernels(model, knobs, n_directions))
+    operators.weight_gradients = ranks.broadcast(operators.weight_gradients, knobs.device)
+
+
+def state_of(model, optimizer, directions):
+    """What a checkpoint keeps of these three; `directions` may be None."""
+    state = dict(model=model.state_dict(), model_args=asdict(model.config), optimizer=optimizer.state_dict())
+    return state | dict(val_gradients=directions.state() if directions else [])
+
+
+def restore(checkpoint, model, optimizer, directions):
+    """
+    Put the states of the optimiser and of the directions back. Returns the iteration, the position among the windows
+    and the shares of negative values that no line has told yet, a list of scalars on the device.
+    """
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if directions:
+        directions.load_state(checkpoint["val_gradients"], list(model.parameters()))
+    negative = torch.tensor(checkpoint["negative"], device=model.lm_head.weight.device)
+    return checkpoint["iter_num"], checkpoint["position"], list(negative)
+
+
+def forward(net, batch, alpha, seed, knobs):
     """The mean loss of a micro-batch x, y, (b, T), with alpha, (b, K), or None."""
     if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
         torch.manual_seed(hash_of(*seed))
-    with autocast:
+    with autocast(knobs):
         return net(*batch, alpha)[1]
 
 
-def validation_gradients(net, windows, iter_num, knobs, ranks, autocast):
+def fresh_gradients(net, windows, iter_num, knobs, ranks):
     """Yields (gradient, mean loss) of every group of this iteration's windows of every set; the ranks share a group."""
     for name in windows.val_sets:
         tokens, ids = windows.validation(name, iter_num)
         for group in np.split(ids, knobs.val_groups):
             mine = np.array_split(group, ranks.world)[ranks.rank]
-            with autocast:
+            with autocast(knobs):
                 gradient, loss = validation_gradient(net, *windows.batch(tokens, mine), knobs.batch_size)
             ranks.average(gradient, loss, len(mine) / len(group))
             yield gradient, loss
 
 
 @torch.no_grad()
-def evaluate(net, windows, tokens, ids, knobs, ranks, autocast):
+def evaluate(net, windows, tokens, ids, knobs, ranks):
     """Mean loss in nats of the windows `ids` of the Tokens, in eval mode; the ranks take turns at the batches."""
     net.eval()
     loss = torch.zeros((), device=knobs.device)
     for start in range(ranks.rank * knobs.batch_size, len(ids), ranks.world * knobs.batch_size):
         chunk = ids[start : start + knobs.batch_size]
-        with autocast:
+        with autocast(knobs):
             loss += net(*windows.batch(tokens, chunk))[1] * (len(chunk) / len(ids))
     net.train()
     return ranks.total(loss).item()
 
 
-def test_losses(net, windows, iter_num, folder, knobs, ranks, autocast):
+def step_loss(net, windows, iter_num, knobs, ranks):
+    """The loss that the step of this iteration should lower: of its own windows of the first validation set."""
+    return evaluate(net, windows, *windows.validation(next(iter(windows.val_sets)), iter_num), knobs, ranks)
+
+
+def test_losses(net, windows, iter_num, folder):
     """The metrics of an evaluation on every test set, and the line that says them."""
-    losses = {name: evaluate(net, windows, *found, knobs, ranks, autocast) for name, found in windows.test_sets.items()}
+    how = folder.knobs, folder.ranks
+    losses = {name: evaluate(net, windows, *found, *how) for name, found in windows.test_sets.items()}
     if not all(map(math.isfinite, losses.values())):
         folder.stop(f"iteration {iter_num}: a test loss is not finite: {losses}")
     lengths = windows.bytes_per_token
@@ -216,30 +243,8 @@ def predicted_drop(gradient, params, before):
     return -sum((gradient[p] * (p.detach() - b)).sum() for p, b in zip(params, before, strict=True)).item()
 
 
-@torch.no_grad()
-def worst_windows(model, windows, autocast, iter_num, ids, val_loss):
-    """The end of a message: what a step that went wrong was made of, `ids` and perhaps its validation windows."""
-    model.eval()
-    sets = [("train", windows.train, ids)]
-    if not math.isfinite(val_loss):
-        sets += [(f"val ({name})", *windows.validation(name, iter_num)) for name in windows.val_sets]
-    message = ""
-    for name, tokens, some in sets:
-        with autocast:
-            losses = [model(*windows.batch(tokens, some[i : i + 1]))[1].item() for i in range(len(some))]
-        worst = int(np.nan_to_num(losses, nan=np.inf).argmax())
-        window = tokens.windows(some[worst : worst + 1], model.config.block_size)[0].tolist()
-        text = get_tokenizer(windows.meta["tokenizer"]).decode(window)
-        message += f"; its {name} windows are {', '.join(map(str, some))}; the worst of them, {some[worst]}, "
-        message += f"with a loss of {losses[worst]:.4g}, reads {text!r}"
-    return message
-
-
 def train(knobs, ranks, stack):
     """The run of this process; `stack` ends what it begins. Returns the signal that has stopped it, or 0."""
-    B = knobs.batch_size * knobs.gradient_accumulation_steps  # windows in an iteration, of all ranks
-    micro_steps = knobs.gradient_accumulation_steps // ranks.world  # of this rank
-
     # the windows; the run's folder; the model, the optimiser and the directions, new or as the checkpoint has them
     windows = Windows(knobs)
     folder = RunFolder(knobs, ranks, windows.identity, stack)
@@ -254,43 +259,35 @@ def train(knobs, ranks, stack):
     iter_num, position = 0, 0
     negative = []  # the share of values below zero, for each iteration since the last printed line
     if folder.resumed:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        iter_num, position = checkpoint["iter_num"], checkpoint["position"]
-        negative = list(torch.tensor(checkpoint["negative"], device=knobs.device))
-        if knobs.score:
-            directions.load_state(checkpoint["val_gradients"], params)
+        iter_num, position, negative = restore(checkpoint, model, optimizer, directions)
         folder.cut_back(checkpoint)
     del checkpoint
-    autocast = torch.autocast(knobs.device.split(":")[0], torch.bfloat16, enabled=knobs.dtype == "bfloat16")
-    how = knobs, ranks, autocast
     folder.begin(model, windows.coverage)
     windows.describe(ranks)
     if knobs.score:
-        if ranks.rank == 0:
-            print(choose_kernels(model, knobs, len(directions.names)))
-        operators.weight_gradients = ranks.broadcast(operators.weight_gradients, knobs.device)
+        share_kernels(model, knobs, ranks, len(directions.names))
     signalled = watch_signals(stack, ranks, knobs)
-    watch = Watch(folder, partial(worst_windows, model, windows, autocast))
+    watch = Watch(folder, model, windows)
 
     # training
     model.train()
+    micro_steps = knobs.gradient_accumulation_steps // ranks.world  # of this rank
     batches = stack.enter_context(closing(windows.batches(position, ranks)))
     val_loss, val_ms = torch.zeros((), device=knobs.device), 0.0
-    spent, taken = 0.0, 0  # milliseconds and iterations since the last printed line
+    line_ms, line_steps = 0.0, 0  # what the iterations since the last printed line took, and how many they are
     progress = tqdm(total=knobs.max_iters, initial=iter_num, unit="it", disable=None if ranks.rank == 0 else True)
     while True:
         last = iter_num == knobs.max_iters
         stopped = 0 if last else signalled()
-        report = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
-        saves, tests = (iter_num % n == 0 for n in (knobs.checkpoint_interval, knobs.eval_interval))
-        if last or stopped or report or saves or tests:  # what a GPU has still to do belongs to the steps before
-            spent += watch.check()
+        reports = iter_num % knobs.log_interval == 0 or iter_num == knobs.max_iters - 1
+        saves, tests = iter_num % knobs.checkpoint_interval == 0, iter_num % knobs.eval_interval == 0
+        if last or stopped or reports or saves or tests:  # what a GPU has still to do belongs to the steps before
+            line_ms += watch.check()
         if last or stopped or saves:
             watch.check_parameters(iter_num, optimizer)
             shares = (ranks.total(torch.stack(negative)) / ranks.world).tolist() if negative else []
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=asdict(model.config))
-            state |= dict(iter_num=iter_num, position=position, negative=shares, tokenizer=windows.meta["tokenizer"])
-            state |= dict(val_gradients=directions.state() if knobs.score else [])
+            progressed = dict(iter_num=iter_num, position=position, negative=shares)
+            state = state_of(model, optimizer, directions) | progressed | dict(tokenizer=windows.meta["tokenizer"])
             folder.save(state, directions.names if knobs.score else [])
         if stopped:
             progress.close()
@@ -298,12 +295,11 @@ def train(knobs, ranks, stack):
                 print(f"{signal.Signals(stopped).name}: stopped after {iter_num} iterations; {how_to_resume(knobs)}")
             return stopped
         if last or tests:
-            folder.record(*test_losses(compiled, windows, iter_num, folder, *how))
+            folder.record(*test_losses(compiled, windows, iter_num, folder))
         if last:
             break
-        if knobs.score and report:
-            first_set = windows.validation(next(iter(windows.val_sets)), iter_num)
-            val_before = evaluate(compiled, windows, *first_set, *how)
+        if knobs.score and reports:
+            loss_before = step_loss(compiled, windows, iter_num, knobs, ranks)
         started = time.perf_counter()
 
         lr = get_lr(iter_num, knobs)
@@ -311,19 +307,19 @@ def train(knobs, ranks, stack):
             group["lr"] = lr
 
         # the directions, from this iteration's own validation windows: nothing of `fresh` is computed before update()
-        fresh = validation_gradients(compiled, windows, iter_num, *how)
+        fresh = fresh_gradients(compiled, windows, iter_num, knobs, ranks)
         if knobs.score and knobs.value_order == 1:
-            val_loss, val_ms = timed(partial(directions.update, fresh, iter_num), knobs.device, report)
+            val_loss, val_ms = timed(partial(directions.update, fresh, iter_num), knobs.device, reports)
             directions.fill(optimizer)
 
         # forward and backward; the gradient of alpha is the dot products
-        position, ids, micro = next(batches)
+        position, ids, micro_batches = next(batches)
         mean_loss, dots = 0.0, []
-        for micro_step, batch in micro:
+        for micro_step, batch in micro_batches:
             if ranks.world > 1:
-                net.require_backward_grad_sync = micro_step == micro[-1][0]  # DDP averages once
+                net.require_backward_grad_sync = micro_step == micro_batches[-1][0]  # DDP averages once
             alpha = directions.alpha(knobs.batch_size) if knobs.score and knobs.value_order == 1 else None
-            loss = forward(net, batch, alpha, (knobs.seed, iter_num, micro_step), knobs, autocast) / micro_steps
+            loss = forward(net, batch, alpha, (knobs.seed, iter_num, micro_step), knobs) / micro_steps
             loss.backward()
             mean_loss = mean_loss + loss.detach()
             if alpha is not None:
@@ -336,20 +332,20 @@ def train(knobs, ranks, stack):
             torch._foreach_mul_([p.grad for p in params], clip)
         watch.note(iter_num, ids, mean_loss, norm, val_loss, sum((d.sum() for d in dots), torch.zeros_like(norm)))
         optimizer.found_inf = watch.found_inf()
-        theta = [p.detach().clone() for p in params] if knobs.score and (report or knobs.value_order == 2) else None
+        theta = [p.detach().clone() for p in params] if knobs.score and (reports or knobs.value_order == 2) else None
         optimizer.step()
 
         # to second order: the directions at the step's midpoint, and the batch once more where the step began
         if knobs.score and knobs.value_order == 2:
             theta_next = [p.detach().clone() for p in params]
             retreat_to_midpoint(optimizer)
-            val_loss, val_ms = timed(partial(directions.update, fresh, iter_num), knobs.device, report)
+            val_loss, val_ms = timed(partial(directions.update, fresh, iter_num), knobs.device, reports)
             directions.fill(optimizer, stepped=True)
             with torch.no_grad():
                 torch._foreach_copy_(params, theta)
-            for micro_step, batch in micro:
+            for micro_step, batch in micro_batches:
                 alpha = directions.alpha(knobs.batch_size)
-                loss = forward(compiled, batch, alpha, (knobs.seed, iter_num, micro_step), knobs, autocast)
+                loss = forward(compiled, batch, alpha, (knobs.seed, iter_num, micro_step), knobs)
                 dots.append(torch.autograd.grad(loss / micro_steps, alpha)[0] * (knobs.batch_size * micro_steps))
             with torch.no_grad():
                 torch._foreach_copy_(params, theta_next)
@@ -358,25 +354,25 @@ def train(knobs, ranks, stack):
         if knobs.score:
             dots = torch.cat(dots)
             folder.entries.append(dict(iter=iter_num, lr=lr, clip=clip, sample_id=ids, dot_product=dots))
-            first = dots[:, : knobs.val_groups].mean(1)  # of the first column
-            negative.append((first < 0).float().mean())
+            first_column = dots[:, : knobs.val_groups].mean(1)
+            negative.append((first_column < 0).float().mean())
 
-        if report:
+        if reports:
             watch.check()
-        spent, taken = spent + (time.perf_counter() - started) * 1000, taken + 1
-        if report:
+        line_ms, line_steps = line_ms + (time.perf_counter() - started) * 1000, line_steps + 1
+        if reports:
             mean_loss = ranks.total(mean_loss).item() / ranks.world
             metrics = dict(iter=iter_num, loss=mean_loss, lr=lr, grad_norm=norm.item())
-            metrics |= step_cost(spent / taken, model, knobs, ranks.world)
+            metrics |= step_cost(line_ms / line_steps, model, knobs, ranks.world)
             if knobs.score:
                 metrics["negative"] = ranks.total(torch.stack(negative).mean()).item() / ranks.world
                 metrics["predicted"] = predicted_drop(directions.gradient(), params, theta)
-                metrics["realised"] = val_before - evaluate(compiled, windows, *first_set, *how)
-                metrics["value_sum"] = ranks.total(lr * clip / B * first.sum()).item()
+                metrics["realised"] = loss_before - step_loss(compiled, windows, iter_num, knobs, ranks)
+                metrics["value_sum"] = ranks.total(lr * clip / windows.B * first_column.sum()).item()
                 metrics["val_ms"] = val_ms
                 negative.clear()
             folder.record(metrics, line_of(metrics))
-            spent, taken = 0.0, 0
+            line_ms, line_steps = 0.0, 0
         iter_num += 1
         progress.update()
 

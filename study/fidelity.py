@@ -127,7 +127,7 @@ def values(state, optimizer, lr, batch, validation):
     stepper.step()
     retreat_to_midpoint(stepper)
     gradient, _ = validation_gradient(model, *validation)
-    set_direction(buffers, gradient, k=1)
+    set_direction(buffers, gradient, row=1)
     if adam:
         set_direction(buffers, gradient, adam, 3, stepped=True)
     with torch.no_grad():

@@ -16,11 +16,11 @@ def peak_tflops(gpu, dtype):
 
 def estimate_mfu(shape, parameters, tokens_per_s, peak):
     """
-    The share of `peak`, in 10^12 operations a second, that training takes (PaLM, App. B). `shape` has n_layer, n_embd
-    and block_size; what scoring and validation compute is not counted.
+    The share of `peak`, in 10^12 operations a second, that training takes (PaLM, App. B), None where it is 0. `shape`
+    has n_layer, n_embd and block_size; what scoring and validation compute is not counted.
     """
     operations = 6 * parameters + 12 * shape.n_layer * shape.n_embd * shape.block_size  # of a token
-    return operations * tokens_per_s / (peak * 1e12)
+    return operations * tokens_per_s / (peak * 1e12) if peak else None
 
 
 def memory_mb(field):
@@ -38,9 +38,9 @@ def step_cost(step_ms, model, knobs, world):
     metrics = dict(step_ms=step_ms, tokens_per_s=tokens / step_ms * 1000)
     if knobs.device.startswith("cuda"):
         peak = world * peak_tflops(torch.cuda.get_device_name(), knobs.dtype)
-        if peak:
-            parameters = sum(p.numel() for p in model.parameters())
-            metrics["mfu"] = estimate_mfu(model.config, parameters, metrics["tokens_per_s"], peak)
+        parameters = sum(p.numel() for p in model.parameters())
+        mfu = estimate_mfu(model.config, parameters, metrics["tokens_per_s"], peak)
+        metrics |= {"mfu": mfu} if mfu else {}
         metrics["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
     elif os.path.exists("/proc/self/status"):
         metrics["peak_mb"] = memory_mb("VmHWM")

@@ -19,7 +19,7 @@ RC |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": 
 RC |= {"axes.formatter.useoffset": False, "figure.constrained_layout.h_pad": 0.08}
 # A reader can tell the runs apart in grey too: by dashes and markers.
 COMPARED = [("#0064b0", "-", "o"), ("#d9730d", "-.", "s"), ("#2f9e6e", (0, (1, 1)), "^"), ("#b06ab3", (0, (6, 2)), "D")]
-HEIGHTS = dict(loss=3.9, histogram=3.0, share=1.1, quantiles=1.9, windows=3.0)  # of panels, inches
+HEIGHTS = dict(loss=3.9, histogram=3.0, quantiles=2.4, windows=3.0)  # of panels, inches
 DOTTED = dict(color="0.35", linewidth=0.8, linestyle=(0, (1, 2)))
 NEGATIVE = dict(facecolor="#b2432f", edgecolor="white", hatch="/////", linewidth=0)
 POSITIVE = dict(facecolor="#a9c7e4", linewidth=0)
@@ -41,13 +41,11 @@ def has_glyph(family, c):
 
 def printable(text, families=()):
     """The text on one line: ↵ for a line end, an escape for what does not print or what no font of `families` has."""
-    shown, marks = "", 0
+    shown = ""
     for c in text.replace("\r\n", "↵").replace("\n", "↵"):
-        marks = marks + 1 if unicodedata.category(c) == "Mn" else 0
         # isprintable is False for spaces of other scripts and for the joiners that Hindi and emoji are spelt with
         prints = c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d"
-        # a pile of accents would run into the lines above
-        drawn = not families or (marks < 4 and any(has_glyph(family, c) for family in families))
+        drawn = not families or any(has_glyph(family, c) for family in families)
         shown += c if prints and drawn else c.encode("unicode_escape").decode()
     return shown
 
@@ -74,6 +72,7 @@ def shorten(text, columns, rows):
 def draw_loss(ax, rows, loss, goal):
     """Test loss against iterations, a band of one sd over seeds, arrows for savings. `loss` and `goal` are names."""
     reference, others = next(row for row in rows if row["reference"]), [row for row in rows if not row["reference"]]
+    loss, goal = (printable(text, rcParams["font.family"]) for text in (loss, goal))
     marked = [row for row in others if row["arm"] == "treatment"] or others
     target = low = high = reference["target"]["mean"]
     for row in rows:
@@ -129,20 +128,18 @@ def draw_domains(ax, value, domain, names):
     ax.set(xlabel="value of a window (10⁻⁶ nats): quartiles, 5th to 95th percentile", ylabel="domain, negative windows")
 
 
-def draw_over_run(share_ax, value_ax, log):
-    """The share of negative draws, and quantiles of the draws' values, in up to 40 stretches of the run."""
+def draw_over_run(ax, log):
+    """Quantiles of the draws' values in up to 40 stretches of the run."""
     end = len(log["iter"])
     iters, values = (np.array_split(log[key], min(40, end)) for key in ("iter", "value"))
     middle = [part.mean() for part in iters]
-    share_ax.plot(middle, [100 * (part < 0).mean() for part in values], color=NEGATIVE["facecolor"])
-    share_ax.set(ylabel="negative\ndraws (%)", ylim=(0, None), xlim=(0, end))
     q = np.stack([np.percentile(1e6 * part, [5, 25, 50, 75, 95]) for part in values], 1)
-    value_ax.fill_between(middle, q[0], q[4], color="#d6e4f1", linewidth=0, label="5th to 95th percentile")
-    value_ax.fill_between(middle, q[1], q[3], color="#7fa8d1", linewidth=0, label="quartiles")
-    value_ax.plot(middle, q[2], color="black", label="median")
-    value_ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
-    value_ax.set(xlabel="iteration", ylabel="value of a draw\n(10⁻⁶ nats)", xlim=(0, end))
-    value_ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98), borderpad=0)
+    ax.fill_between(middle, q[0], q[4], color="#d6e4f1", linewidth=0, label="5th to 95th percentile")
+    ax.fill_between(middle, q[1], q[3], color="#7fa8d1", linewidth=0, label="quartiles")
+    ax.plot(middle, q[2], color="black", label="median")
+    ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
+    ax.set(xlabel="iteration", ylabel="value of a draw (10⁻⁶ nats)", xlim=(0, end))
+    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98), borderpad=0)
 
 
 def draw_windows(ax, windows):
@@ -160,27 +157,25 @@ def draw_windows(ax, windows):
 def draw_figures(rows, loss, goal, scored):
     """loss.png and, of a `scored` run, values.png, report.png and windows.txt: {name: bytes}."""
     windows, mosaics, made = scored.get("windows", {}), {"loss.png": [["loss"]]}, {}
+    panels = dict(loss=(draw_loss, rows, loss, goal))
     if scored:
-        mosaics["values.png"] = [[name] + ["domains"] * bool(windows) for name in ("histogram", "share", "quantiles")]
-        mosaics["report.png"] = [["loss", "histogram"]] + [["windows", "windows"]] * bool(windows)
+        panels |= dict(histogram=(draw_histogram, scored["value"]), quantiles=(draw_over_run, scored["log"]))
+        mosaics["values.png"] = [["histogram"], ["quantiles"]]
+        mosaics["report.png"] = [["loss", "histogram"]]
+    if windows:
+        panels["domains"] = draw_domains, scored["value"], scored["domain"], scored["domains"]
+        panels["windows"] = draw_windows, windows
+        mosaics["values.png"] = [["histogram", "domains"], ["quantiles", "domains"]]
+        mosaics["report.png"].append(["windows", "windows"])
     texts = [loss, goal, *(row["name"] for row in rows), *scored.get("domains", [])]
     texts += [text for side in windows.values() for window in side for text in window]
     with rc_context(RC | {"font.family": families_for("".join(texts))}):
-        loss, goal = (printable(text, rcParams["font.family"]) for text in (loss, goal))
         for name, mosaic in mosaics.items():
             heights = [HEIGHTS[row[0]] for row in mosaic]
             fig = Figure(figsize=(5.1 * len(mosaic[0]), sum(heights)), layout="constrained")
-            axes = fig.subplot_mosaic(mosaic, height_ratios=heights)
-            if "loss" in axes:
-                draw_loss(axes["loss"], rows, loss, goal)
-            if "histogram" in axes:
-                draw_histogram(axes["histogram"], scored["value"])
-            if "share" in axes:
-                draw_over_run(axes["share"], axes["quantiles"], scored["log"])
-            if "domains" in axes:
-                draw_domains(axes["domains"], scored["value"], scored["domain"], scored["domains"])
-            if "windows" in axes:
-                draw_windows(axes["windows"], windows)
+            for panel, ax in fig.subplot_mosaic(mosaic, height_ratios=heights).items():
+                draw, *shown = panels[panel]
+                draw(ax, *shown)
             picture = io.BytesIO()
             fig.savefig(picture, format="png")
             made[name] = picture.getvalue()
@@ -193,16 +188,14 @@ def draw_figures(rows, loss, goal, scored):
 
 
 def write_figures(out, rows, loss, goal, scored):
-    """Write what draw_figures gives to the folder `out`: {name: path}."""
+    """Write what draw_figures gives to the folder `out`."""
     with writing(out):
         os.makedirs(out, exist_ok=True)
         with open(os.path.join(out, ".lock"), "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # reports that write here at the same time follow each other, each whole
-            made = draw_figures(rows, loss, goal, scored)
-            for name, content in made.items():
+            for name, content in draw_figures(rows, loss, goal, scored).items():
                 with atomic_write(os.path.join(out, name)) as file:
                     file.write(content)
-    return {name: os.path.join(out, name) for name in made}
 
 
 def write_trial(path, losses, found, name):

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.configurator import UserError
+from support.configurator import UserError, check
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
 
@@ -31,7 +31,7 @@ class Ranks:
         return tensor
 
     def gather(self, tensor):
-        """The ranks' (k, b, ...) side by side, (k, b * world, ...), on rank 0; None on the others."""
+        """The ranks' (iters, b, ...) side by side, (iters, b * world, ...), on rank 0; None on the others."""
         if self.world == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world)] if self.rank == 0 else None
@@ -68,10 +68,13 @@ def check_device(device):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         known = False
-    if not known:
-        raise UserError(f"--device={device}: no such device here; use --device=cpu")
+    check(known, f"--device={device}: no such device here; use --device=cpu")
     if device.startswith("cuda"):  # what is timed and synchronised is the current device
         torch.cuda.set_device(torch.device(device).index or 0)
+
+
+def autocast(knobs):
+    return torch.autocast(knobs.device.split(":")[0], torch.bfloat16, enabled=knobs.dtype == "bfloat16")
 
 
 @contextmanager
@@ -89,13 +92,11 @@ def processes(knobs):
         yield Ranks()
         return
     missing = [name for name in TORCHRUN if not os.environ.get(name)]
-    if missing:
-        what = f"RANK={os.environ['RANK']} is in the environment, but no {', '.join(missing)}"
-        raise UserError(f"{what}; start several processes with torchrun, and a single one after unset RANK")
+    what = f"RANK={os.environ['RANK']} is in the environment, but no {', '.join(missing)}"
+    check(not missing, f"{what}; start several processes with torchrun, and a single one after unset RANK")
     world, steps = int(os.environ["WORLD_SIZE"]), knobs.gradient_accumulation_steps
-    if steps % world:
-        mend = f"start as many processes as divide it, or a run with a multiple of {world} and another --batch_size"
-        raise UserError(f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
+    mend = f"start as many processes as divide it, or a run with a multiple of {world} and another --batch_size"
+    check(steps % world == 0, f"--gradient_accumulation_steps={steps} does not divide by {world} processes; {mend}")
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=knobs.process_timeout))
         yield Ranks(dist.get_rank(), world)

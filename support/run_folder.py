@@ -21,8 +21,10 @@ from support.values import log_files, read_log, write_log
 
 FORMAT = 1  # of ckpt.pt; those without a number are of the code before it was written, and read the same
 WEIGHTS = ("model", "model_args")  # what there is in nanoGPT's too
-CHECKPOINT = (*WEIGHTS, "optimizer", "iter_num", "position", "negative", "knobs", "fingerprint")
-CHECKPOINT += ("metrics_bytes", "order", "val_gradients", "val_sets")
+# what a run and its resumption share: the knob that it hangs on, and what it is
+IDENTITY = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"), order=("filter_from", "windows"))
+CHECKPOINT = (*WEIGHTS, "optimizer", "iter_num", "position", "negative", "knobs", "metrics_bytes", "val_gradients")
+CHECKPOINT += tuple(IDENTITY)
 
 # what may change between the start of a run and its resumption, because the numbers do not depend on it
 FREE_KNOBS = {"out_dir", "init_from", "max_iters", "log_interval", "checkpoint_interval", "data_dir", "device"}
@@ -84,12 +86,13 @@ class RunFolder:
         if list(found["val_sets"]) == list(self.identity["val_sets"]):  # the same names, as 'other/' and 'other' are
             now["val_sets"] = then["val_sets"]
         other = [key for key in now if key not in FREE_KNOBS and then.get(key) != now[key]]
-        theirs, ours = (" ".join(f"--{key}={knobs.get(key)}" for key in other) for knobs in (then, now))
-        check(not other, f"{ours}: the run of {self.ckpt_path} has others; resume with {theirs}")
-        same = dict(fingerprint=("dataset", "corpus"), val_sets=("val_sets", "corpora"))
-        same["order"] = "filter_from", "windows"
-        for key, (flag, what) in same.items():
-            mend = "bring the old ones back, or train anew in another --out_dir"
+        theirs = " ".join(f"--{key}={then.get(key)}" for key in other)
+        # lr_decay_iters is max_iters where it is not given
+        given = ["max_iters" if key == "lr_decay_iters" and now[key] == knobs.max_iters else key for key in other]
+        ours = " ".join(f"--{key}={now[key]}" for key in given)
+        check(not other, f"{ours}: the run of {self.ckpt_path} began otherwise; resume with {theirs}")
+        mend = "bring the old ones back, or train anew in another --out_dir"
+        for key, (flag, what) in IDENTITY.items():
             what = f"--{flag}={now[flag]}: not the {what} that {self.ckpt_path} began with; {mend}"
             check(found[key] == self.identity[key], what)
         knobs.init_from = then["init_from"]  # what config.json shall go on saying
@@ -116,7 +119,7 @@ class RunFolder:
         if self.knobs.score and iter_num:  # damage is better known now than at the end
             reached = int(read_log(self.path)["iter"][-1]) + 1
             what = f"{self.path}/dot_prod: ends at iteration {reached}, {self.ckpt_path} at {iter_num}"
-            check(reached == iter_num, what)
+            check(reached == iter_num, f"{what}; bring the missing files back, or train anew in another --out_dir")
 
     def begin(self, model, coverage):
         """Make the folder, begin its run at W&B or go on with it, and write config.json: all it takes to repeat it."""
@@ -190,7 +193,7 @@ class RunFolder:
         that the log is never behind it. `state` is what the run itself needs to go on.
         """
         if self.entries:
-            dots = self.ranks.gather(torch.stack([entry["dot_product"] for entry in self.entries]))  # (k, B, K)
+            dots = self.ranks.gather(torch.stack([entry["dot_product"] for entry in self.entries]))  # (iters, B, K)
             if self.ranks.rank == 0:
                 logged = [entry | {"dot_product": row} for entry, row in zip(self.entries, dots, strict=True)]
                 write_log(self.path, state["iter_num"], logged, directions)

@@ -33,7 +33,7 @@ def test_each_of_several_directions_has_its_own_dots(K, B, bias, seed):
     buffers = attach_directions(model, K)
     directions = [[torch.randn_like(p) for p in model.parameters()] for _ in range(K)]
     for k, direction in enumerate(directions):
-        set_direction(buffers, dict(zip(model.parameters(), direction, strict=True)), k=k)
+        set_direction(buffers, dict(zip(model.parameters(), direction, strict=True)), row=k)
     x, y = tokens(23, B, 8), tokens(23, B, 8)
     alpha = torch.zeros(B, K, dtype=torch.float64, requires_grad=True)
     model(x, y, alpha)[1].backward()

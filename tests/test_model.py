@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,6 +104,17 @@ def test_a_llama_is_refused(tmp_path):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="its configuration has model_type = llama, this GPT-2 has gpt2"):
         GPT.from_pretrained(str(tmp_path))
+
+
+def test_a_model_without_its_head_is_refused_with_the_command_that_gives_it_one(gpt2_folder, tmp_path):
+    theirs, folder = gpt2_folder
+    theirs.transformer.save_pretrained(folder)
+    with pytest.raises(SystemExit, match="a GPT2Model, without its head; python -c .*, then --init_from=new") as error:
+        GPT.from_pretrained(folder)
+    subprocess.run([sys.executable, "-c", str(error.value).split('"')[1]], check=True, cwd=tmp_path)
+    ours, idx = GPT.from_pretrained(str(tmp_path / "new")).eval(), torch.randint(97, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
 
 
 def test_weights_that_are_missing_unknown_or_of_another_shape_are_named(gpt2_folder):

@@ -241,7 +241,9 @@ def test_a_run_does_not_go_back_behind_its_end(home):  # noqa: F811
     flags = f"{SCORED} --out_dir=out/x --init_from=resume --lr_decay_iters=16"
     refused(f"{flags} --max_iters=5", "--max_iters=5: out/x/ckpt.pt has 8 iterations already")
     refused(f"{SCORED} --out_dir=out/x --init_from=resume --max_iters=5", "--max_iters=5: out/x/ckpt.pt has 8")
-    refused(f"{SCORED} --out_dir=out/x --init_from=resume --seed=1", "--seed=1 --lr_decay_iters=8: .*resume with")
+    refused(f"{SCORED} --out_dir=out/x --init_from=resume --seed=1", "--seed=1 --max_iters=8: .*with --seed=1337 --lr")
+    refused(f"{SCORED} --out_dir=out/x --init_from=resume --max_iters=9", "^--max_iters=9: .*with --lr_decay_iters=16$")
+    refused(f"{flags} --lr_decay_iters=12", "^--lr_decay_iters=12: .*with --lr_decay_iters=16$")
     assert before == {path: path.read_bytes() for path in (home / "out/x").rglob("*") if path.is_file()}
 
 
@@ -494,6 +496,9 @@ def test_a_damaged_log_is_noticed_when_a_run_is_resumed(home, finished):  # noqa
     refused(flags, "dot_prod_log_iter_3.pt: damaged")
     os.remove("out/x/dot_prod/dot_prod_log_iter_3.pt")
     refused(flags, "iterations are missing or there twice")
+    shutil.copytree(finished / "run", "out/x", dirs_exist_ok=True)
+    os.remove("out/x/dot_prod/dot_prod_log_iter_8.pt")
+    refused(flags, "dot_prod: ends at iteration 6, .* at 8; bring the missing files back, or train anew in another")
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(home):  # noqa: F811

@@ -229,7 +229,7 @@ def test_the_out_dir_and_the_checkpoint_are_checked(home):
     refused(f"{TINY} --out_dir=out/x", "out/x: holds a run already.*--init_from=resume")
     refused(
         f"{TINY} --out_dir=out/x --init_from=resume --n_embd=32",
-        "--n_embd=32: the run of out/x/ckpt.pt has .*--n_embd=16",
+        "--n_embd=32: the run of out/x/ckpt.pt began otherwise; resume with --n_embd=16",
     )
     refused(
         f"{TINY} --out_dir=out/y --init_from=out/x/ckpt.pt --n_layer=2", "a model of another shape; use --n_layer=1"
@@ -287,6 +287,17 @@ def test_a_refused_run_leaves_no_trace(home):
         assert not os.path.exists("out")
 
 
+def test_a_path_that_is_not_there_is_no_model_of_the_hub(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # which would ask it
+    for path in ("./gpt2", "../x", "/gpt2", "~/gpt2", "data/gpt2", "out/x/model", "gpt2/", "my_model!"):
+        refused(f"{TINY} --out_dir=out/x --init_from={path}", "no such folder; give a fol")
+    for path in ("out/x/ckpt.pt", "ckpt.pt"):
+        refused(f"{TINY} --out_dir=out/x --init_from={path}", f"{path}: no such file; give another --init_from")
+    for name in ("gpt2", "owner/a.b-c"):
+        refused(f"{TINY} --out_dir=out/x --init_from={name}", f"--init_from={name} needs transformers")
+        assert not os.path.exists("out")
+
+
 def test_bits_per_byte_stand_beside_every_test_loss(home, capsys):
     """A token of the byte tokenizer is a byte, but for the end-of-text tokens."""
     call(train.main, f"{TINY} --val_sets=even,all --out_dir=out/x")
@@ -315,7 +326,7 @@ def test_training_from_pretrained_weights(home):
     call(train.main, f"{TINY} --init_from=resume --score=True --out_dir=out/x")
     assert config["model"]["block_size"] == 16
     flags = f"{TINY} --init_from=gpt2-tiny --out_dir=out/y"
-    refused(f"{flags} --block_size=64", "--block_size=64: gpt2-tiny has 32 positions")
+    refused(f"{flags} --block_size=64", "--init_from=gpt2-tiny: a model of another shape; use --block_size=32$")
     changed = json.loads((home / "gpt2-tiny/config.json").read_text()) | dict(activation_function="relu")
     (home / "gpt2-tiny/config.json").write_text(json.dumps(changed))
     refused(flags, "--init_from=gpt2-tiny: its configuration has activation_function = relu")
@@ -465,7 +476,7 @@ def test_a_check_says_for_how_long_it_has_waited(monkeypatch):
         def tolist(self):
             return [-1.0, 0.0, 0.0, 0.0, 0.0]
 
-    watch = train.Watch(SimpleNamespace(knobs=SimpleNamespace(device="cpu")), None)
+    watch = train.Watch(SimpleNamespace(knobs=SimpleNamespace(device="cpu")), None, None)
     watch.first = Slow()
     monkeypatch.setattr("support.watch.time.perf_counter", lambda: next(clock))
     assert watch.check() == 250.0
