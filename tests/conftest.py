@@ -1,6 +1,6 @@
 """
-Before any import: no test asks the network for weights, and none waits for its time-outs. And the process in which
-Triton's kernels are interpreted.
+Before any import: no test asks the network for weights, and none waits for its time-outs; torch.compile starts no pool
+of processes, which takes seconds. And the process in which Triton's kernels are interpreted.
 """
 
 import math
@@ -9,7 +9,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
