@@ -1,6 +1,6 @@
 """
-Before any import: no test asks the network for weights, and none waits for its time-outs. And the process in which
-Triton's kernels are interpreted.
+Before any import: no test asks the network for weights, and none waits for its time-outs; torch.compile starts no pool
+of processes, which takes seconds. And the process in which Triton's kernels are interpreted.
 """
 
 import math
@@ -9,7 +9,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -18,6 +18,21 @@ import torch  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption("--until", type=float, default=math.inf, help="seconds since 1970: then no test is begun any more")
+
+
+LONG = {f"test_{name}.py" for name in ("bench", "compile", "docs", "gpu", "processes", "run_folder")}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """
+    For make test's two processes: the tests of long files come first, one by one, so that none is left for the end; the
+    tests of another file are a group that one of the processes runs, because they share what takes time to make.
+    """
+    items.sort(key=lambda item: item.path.name not in LONG)
+    for item in items:
+        if config.pluginmanager.hasplugin("xdist") and item.path.name not in LONG:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_runtest_setup(item):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_processes import torchrun
+from test_processes import run_ranks
 from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import bench
@@ -63,7 +63,7 @@ def run(command):
     if words[:2] == ["python", "train.py"]:
         call(train.main, f"{flags} {TINY_RUN}")
     elif words[:3] == ["torchrun", "--standalone", "--nproc_per_node=8"]:
-        torchrun(2, f"{' '.join(words[4:])} {TINY_RUN} --out_dir=out/torchrun")
+        run_ranks(2, f"{' '.join(words[4:])} {TINY_RUN} --out_dir=out/torchrun")
     elif words[:2] == ["python", "prepare_owt.py"]:
         call(prepare_owt.main, f"{flags} --tokenizer=bytes")  # GPT-2's tokens may have to be downloaded
     elif words[:2] == ["python", "report.py"]:

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_run_folder import resume, same_run
+from test_run_folder import Script, resume, same_run
 from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import train
@@ -20,20 +20,30 @@ from support.values import load_values, read_log
 FLAGS = f"{TINY} --score=True --batch_size=1 --gradient_accumulation_steps=4 --eval_iters=10 --dropout=0.1"
 # three validation windows: with four processes, one has none. SGD: AdamW would blow up the rounding of zero gradients
 FLAGS += " --val_batch_size=3 --optimizer=sgd --weight_decay=0"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start_torchrun(launch, flags, script="train.py", **options):
-    command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), f"{ROOT}/{script}", *flags.split()]
-    return subprocess.Popen(command, **PIPES, env=ENVIRONMENT, **options)
+def python(arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, *arguments.split()], **PIPES, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    )
 
 
-def torchrun(n, flags, script="train.py"):
-    run = start_torchrun(f"--standalone --nproc_per_node={n}", flags, script)
-    out, err = run.communicate()
-    assert run.returncode == 0, err
-    return out
+def torchrun(launch, flags, script="train.py"):
+    """The command itself. Each of its processes takes seconds to import what it needs."""
+    return python(f"-m torch.distributed.run {launch} {ROOT}/{script} {flags}")
+
+
+def afresh(flags, **environment):
+    """A rank whose interpreter ends as a user's does."""
+    return python(f"{ROOT}/train.py {flags}", **environment)
+
+
+def forked(flags, **environment):
+    """A rank that starts at once."""
+    return Script(flags, "import torch; torch.set_num_threads(1)", **environment)
 
 
 def free_port():
@@ -42,14 +52,17 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_ranks(n, flags):
+def start_ranks(n, flags, start=forked):
     """The processes that torchrun would start, without the agent that ends all when one has died."""
     address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(n))
-    command = [sys.executable, f"{ROOT}/train.py", *flags.split()]
-    return [
-        subprocess.Popen(command, **PIPES, env=ENVIRONMENT | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(n)
-    ]
+    return [start(flags, **address, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(n)]
+
+
+def run_ranks(n, flags):
+    """Start them and wait for their ends."""
+    ranks = start_ranks(n, flags)
+    said = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * n, said
 
 
 def wait_for(path):
@@ -63,7 +76,7 @@ def wait_for(path):
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_number_of_processes_changes_nothing(home, n):  # noqa: F811
     call(train.main, f"{FLAGS} --out_dir=out/one")
-    torchrun(n, f"{FLAGS} --out_dir=out/many")
+    run_ranks(n, f"{FLAGS} --out_dir=out/many")
     same_run("out/many", "out/one", exact=False)
 
     # a checkpoint of many processes goes on as one
@@ -87,7 +100,7 @@ def test_adamw_and_its_direction_on_two_processes(home, directions):  # noqa: F8
     flags = f"{TINY} --score=True --batch_size=1 --gradient_accumulation_steps=4 --bias=False --dropout=0.1"
     flags += f" {directions}"
     call(train.main, f"{flags} --out_dir=out/one")
-    torchrun(2, f"{flags} --out_dir=out/two")
+    run_ranks(2, f"{flags} --out_dir=out/two")
     same_run("out/two", "out/one", exact=False)
 
 
@@ -96,7 +109,7 @@ def test_adamw_and_its_direction_on_two_processes(home, directions):  # noqa: F8
 def test_compiled_on_two_processes(home, n_embd):  # noqa: F811
     flags = FLAGS.replace("--n_embd=16 ", f"--n_embd={n_embd} ").replace("--dropout=0.1", "")
     call(train.main, f"{flags} --out_dir=out/one")
-    torchrun(2, f"{flags} --compile=True --process_timeout=300 --out_dir=out/two")
+    run_ranks(2, f"{flags} --compile=True --process_timeout=300 --out_dir=out/two")
     same_run("out/two", "out/one", exact=False)
 
 
@@ -111,7 +124,7 @@ def test_a_model_of_two_ddp_buckets_scored_then_filtered(home, n):  # noqa: F811
     flags += " --filter_from=out/base --filter_negative=True"
     call(train.main, f"{flags} --out_dir=out/1")
     assert not (read_log("out/1")["sample_id"] % 4 == 0).any()
-    torchrun(n, f"{flags} --out_dir=out/{n}")
+    run_ranks(n, f"{flags} --out_dir=out/{n}")
     same_run(f"out/{n}", "out/1", exact=False)
 
 
@@ -123,7 +136,7 @@ def test_killed_on_two_processes_and_resumed_on_four_and_on_one(home):  # noqa: 
         rank.kill()
         rank.wait()
     assert not os.path.exists("out/x/values.npz")
-    run = start_torchrun("--standalone --nproc_per_node=4", f"{flags} --out_dir=out/x --init_from=resume")
+    run = torchrun("--standalone --nproc_per_node=4", f"{flags} --out_dir=out/x --init_from=resume")
     wait_for("out/x/dot_prod/dot_prod_log_iter_30.pt")
     run.terminate()  # torchrun passes SIGTERM on
     out, err = run.communicate()
@@ -133,9 +146,11 @@ def test_killed_on_two_processes_and_resumed_on_four_and_on_one(home):  # noqa: 
     same_run("out/x", "out/whole", exact=False)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
-def test_a_signal_to_one_rank_ends_all_after_the_same_step(home, number, status):  # noqa: F811
-    ranks = start_ranks(2, f"{FLAGS} --max_iters=100000 --out_dir=out/x")
+@pytest.mark.parametrize(
+    "number, status, start", [(signal.SIGTERM, 0, forked), (signal.SIGINT, -signal.SIGINT, afresh)]
+)
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(home, number, status, start):  # noqa: F811
+    ranks = start_ranks(2, f"{FLAGS} --max_iters=100000 --out_dir=out/x", start)
     wait_for("out/x/dot_prod/dot_prod_log_iter_6.pt")
     ranks[1].send_signal(number)
     outs = [rank.communicate() for rank in ranks]
@@ -144,16 +159,19 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(home, number, status)
     assert "Traceback" not in outs[0][1] + outs[1][1]
 
 
-@pytest.mark.parametrize("lost, how", [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_the_others_end_with_a_message_when_one_dies_or_hangs(home, lost, how):  # noqa: F811
-    ranks = start_ranks(2, f"{FLAGS} --max_iters=100000 --out_dir=out/x --process_timeout=15")
+@pytest.mark.parametrize(
+    "lost, how, start", [(1, signal.SIGKILL, forked), (0, signal.SIGKILL, afresh), (1, signal.SIGSTOP, afresh)]
+)
+def test_the_others_end_with_a_message_when_one_dies_or_hangs(home, lost, how, start):  # noqa: F811
+    ranks = start_ranks(2, f"{FLAGS} --max_iters=100000 --out_dir=out/x --process_timeout=15", start)
     wait_for("out/x/dot_prod/dot_prod_log_iter_6.pt")
     ranks[lost].send_signal(how)
     survivor = ranks[1 - lost]
     try:
-        _, err = survivor.communicate(timeout=60)
+        survivor.wait(timeout=60)
     finally:
         ranks[lost].kill()
+    _, err = survivor.communicate()
     ranks[lost].communicate()
     assert survivor.returncode == 1, err
     assert f"process {1 - lost} of 2: another one died or hung" in err and "--init_from=resume" in err
@@ -163,7 +181,7 @@ def test_the_others_end_with_a_message_when_one_dies_or_hangs(home, lost, how): 
 
 def test_two_agents_meet_at_a_rendezvous(home):  # noqa: F811
     launch = f"--nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free_port()} --rdzv_id=x"
-    agents = [start_torchrun(f"{launch} --local_addr=127.0.0.1", f"{FLAGS} --out_dir=out/two") for _ in range(2)]
+    agents = [torchrun(f"{launch} --local_addr=127.0.0.1", f"{FLAGS} --out_dir=out/two") for _ in range(2)]
     for agent in agents:
         _, err = agent.communicate()
         assert agent.returncode == 0, err

@@ -214,7 +214,9 @@ def test_torchrun_s_processes_share_every_arm(scored, capsys):
     flags = "--orders=1 --arms=control,filtered --gradient_accumulation_steps=2 --batch_size=2"
     alone = run_trial(flags)
     os.rename("out/scored/trial", "alone")
-    torchrun(2, f"out/scored --share=1 {flags}", "trial.py")
+    two = torchrun("--standalone --nproc_per_node=2", f"out/scored --share=1 {flags}", "trial.py")
+    _, err = two.communicate()
+    assert two.returncode == 0, err
     two = read_json("out/scored/trial/trial.json")
     for arm in ("control", "filtered"):
         assert two["losses"][arm]["1"] == pytest.approx(alone["losses"][arm]["1"], abs=1e-5)
