@@ -43,7 +43,7 @@ class Run:
     knobs: dict
     iters: np.ndarray  # (e,) iterations before each evaluation
     losses: np.ndarray  # (e,) test losses, nats per token
-    lines: list  # the training lines of metrics.jsonl
+    lines: list  # the training lines of metrics.jsonl; plain_ms is step_ms without the validation pass
     has_values: bool
     bits_per_byte: float | None  # of the last evaluation; runs of older code do not tell it
     arm: str  # 'treatment', 'control' or 'plain'
@@ -63,7 +63,8 @@ def read_run(folder, test_set="all"):
         lines = json.loads("[" + ",\n".join(texts) + "]")  # as one array: an error tells the line
         found = {line["iter"]: float(line[key]) for line in lines if key in line}
         bits = [line.get(key.replace("loss", "bpb", 1)) for line in lines if key in line]
-        lines = [line for line in lines if line.get("test_loss") is None]
+        lines = [line for line in lines if "test_loss" not in line]
+        lines = [line | dict(plain_ms=line["step_ms"] - line.get("val_ms", 0)) for line in lines]
     mend = mend if test_set == "all" else f"--test_set={test_set} needs a run with --val_sets=all,{test_set}"
     check(found, f"{metrics_path}: {len(lines)} training lines and no evaluation with a {key}; {mend}")
     iters, losses = np.array(list(found)), np.array(list(found.values()))
@@ -124,7 +125,7 @@ def spread(each):
 
 
 def compare(groups, reference, target_loss=None):
-    """A row for each group: what its runs are, and the `spread` of their numbers. Shares are fractions."""
+    """A row for each group: what its runs are, and the `spread` of their numbers. Shares are fractions, times in ms."""
     by_seed = {run.knobs["seed"]: run for run in groups[reference]}
     rows = []
     for group, runs in groups.items():
@@ -138,16 +139,20 @@ def compare(groups, reference, target_loss=None):
             found = dict(target=target, iterations=iterations, saved=saved, final_loss=run.losses[-1])
             negative = np.mean(load_values(run.folder)[1] < 0) if run.has_values else None
             found |= dict(bits_per_byte=run.bits_per_byte, negative_windows=negative)
+            for key, name in dict(step_ms="plain_ms", validation_ms="val_ms").items():
+                found[key] = np.median([line.get(name, np.nan) for line in run.lines] or np.nan)
             numbers.append(found)
         row = dict(name=group, reference=group == reference, arm=runs[0].arm, coverage=runs[0].config["coverage"])
-        rows.append(row | dict(runs=runs) | {key: spread([found[key] for found in numbers]) for key in numbers[0]})
+        row |= dict(runs=runs, folders=[run.folder for run in runs], seeds=[run.knobs["seed"] for run in runs])
+        rows.append(row | {key: spread([found[key] for found in numbers]) for key in numbers[0]})
     return rows
 
 
 def table(rows, loss, goal):
     """The rows as a Markdown table. `loss` and `goal` are the names of the test loss and of the target."""
     lines = [["run", "seeds", f"iterations to the {goal}", "saved", f"final {loss}", "bits per byte"]]
-    lines[0] += ["negative windows", "eligible / scored / corpus windows", "touchable draws"]
+    lines[0] += ["negative windows", "eligible / scored / corpus windows", "touchable draws", "step, ms"]
+    lines[0] += ["validation pass, ms"]
     for row in rows:
         each, cover = row["iterations"]["each"], row["coverage"]
         some = f" ({len(each) - each.count(None)} of {len(each)} did)" if len(each) > 1 else ""
@@ -157,7 +162,7 @@ def table(rows, loss, goal):
         line += [number(row["negative_windows"], ".1%"), "–", "–"]
         if cover:
             line[-2:] = "{eligible:,} / {scored:,} / {corpus:,}".format(**cover), f"{cover['touchable']:.0%}"
-        lines.append(line)
+        lines.append([*line, number(row["step_ms"], ".1f"), number(row["validation_ms"], ".1f")])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
@@ -165,7 +170,7 @@ def table(rows, loss, goal):
 
 def remarks(rows):
     """What a reader of the table must know of the runs, as a list of sentences."""
-    notes = ["±: standard deviation over seeds. Coverage: the first seed's."]
+    notes = ["Step: median, without the validation pass. ±: standard deviation over seeds. Coverage: the first seed's."]
     theirs = next(row["runs"][0].knobs for row in rows if row["reference"])
     for row in rows:
         for run in row["runs"]:
@@ -223,6 +228,7 @@ def main(argv=None):
     parser.add_argument("--test_set", default="all", metavar="SET", help="go by the test loss of one of the val_sets")
     parser.add_argument("--reference", metavar="RUN", help="default: the control among the runs, or the first run")
     parser.add_argument("--out", default="out/report", metavar="FOLDER", help="for the figures; default: out/report")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of the table")
     parser.add_argument("--export", metavar="FILE", help="write the scored windows to a .jsonl or .parquet file")
     parser.add_argument("--export_by", choices=["window", "document"], default="window", help="the rows of --export")
     parser.add_argument("--filter_column", default="", metavar="NAME", help="--export goes by another column of values")
@@ -255,12 +261,17 @@ def main(argv=None):
     exported = scored | read_column(run.folder, args.filter_column) if args.export else {}
     # opened first, so that nothing is written where the export cannot be
     with atomic_write(args.export, f".{os.getpid()}") if args.export else nullcontext() as file:
-        write_figures(args.out, rows, loss, goal, scored)
+        files = write_figures(args.out, rows, loss, goal, scored)
         if args.export:
+            files["export"] = args.export
             count, kept = export(file, args.export, args.export_by, exported, run.knobs["block_size"])
             column = args.filter_column or scored["log"]["directions"][0]
             notes.append(f"Export: {args.export}, {count:,} {args.export_by}s by {column}, {kept:,} of them kept.")
-    print(table(rows, loss, goal), "", *notes, f"Figures: {args.out}", sep="\n")
+    if args.json:
+        shown = [{key: value for key, value in row.items() if key != "runs"} for row in rows]
+        print(json.dumps(dict(rows=shown, notes=notes, files=files), indent=1, allow_nan=False))
+    else:
+        print(table(rows, loss, goal), "", *notes, f"Figures: {args.out}", sep="\n")
 
 
 if __name__ == "__main__":

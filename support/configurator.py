@@ -112,7 +112,6 @@ RANGES = dict(seed=(0, 2**63), vocab_size=(0, 2**16 + 1), n_layer=(1, 10_000))
 RANGES |= dict.fromkeys(("warmup_iters", "lr_decay_iters", "val_windows"), (0, 2**31))
 RANGES |= dict.fromkeys(("dropout", "drop_random", "beta1", "beta2"), (0, 1))
 CHOICES = dict(value_order=(1, 2), filter_pool=("scored", "all"), optimizer=("adamw", "sgd"))
-CHOICES["dtype"] = "bfloat16", "float32"  # float16 needs a loss scaler, which would scale the values too
 DIRECTIONS = ("sgd", "adam", "sgd-wte", "adam-wte")
 
 
@@ -144,6 +143,10 @@ def check_training(knobs):
     check_each(knobs, **CHOICES)
     for key in ("out_dir", "data_dir", "dataset"):
         check(getattr(knobs, key).strip(), f"{said[key]}: give the name of a folder; '.' is this one")
+    too_many = knobs.batch_size * knobs.block_size >= 2**31
+    check(not too_many, f"{said['batch_size']} windows of {said['block_size']}: too many")
+    float16 = "float16 needs a loss scaler, which would scale the values too; " if knobs.dtype == "float16" else ""
+    check(knobs.dtype in ("bfloat16", "float32"), f"{said['dtype']}: {float16}expected bfloat16 or float32")
 
     kinds, sets, m = knobs.value_direction.split(","), split_names(knobs.val_sets), knobs.val_batch_size
     known = set(kinds) <= set(DIRECTIONS) and len(set(kinds)) == len(kinds)

@@ -19,7 +19,7 @@ RC |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": 
 RC |= {"axes.formatter.useoffset": False, "figure.constrained_layout.h_pad": 0.08}
 # A reader can tell the runs apart in grey too: by dashes and markers.
 COMPARED = [("#0064b0", "-", "o"), ("#d9730d", "-.", "s"), ("#2f9e6e", (0, (1, 1)), "^"), ("#b06ab3", (0, (6, 2)), "D")]
-HEIGHTS = dict(loss=3.9, histogram=3.0, quantiles=2.4, windows=3.0)  # of panels, inches
+HEIGHTS = dict(loss=3.9, histogram=3.0, share=1.1, quantiles=1.9, windows=3.0)  # of panels, inches
 DOTTED = dict(color="0.35", linewidth=0.8, linestyle=(0, (1, 2)))
 NEGATIVE = dict(facecolor="#b2432f", edgecolor="white", hatch="/////", linewidth=0)
 POSITIVE = dict(facecolor="#a9c7e4", linewidth=0)
@@ -41,11 +41,13 @@ def has_glyph(family, c):
 
 def printable(text, families=()):
     """The text on one line: ↵ for a line end, an escape for what does not print or what no font of `families` has."""
-    shown = ""
+    shown, marks = "", 0
     for c in text.replace("\r\n", "↵").replace("\n", "↵"):
+        marks = marks + 1 if unicodedata.category(c) == "Mn" else 0
         # isprintable is False for spaces of other scripts and for the joiners that Hindi and emoji are spelt with
         prints = c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d"
-        drawn = not families or any(has_glyph(family, c) for family in families)
+        # a pile of accents would run into the lines above
+        drawn = not families or (marks < 4 and any(has_glyph(family, c) for family in families))
         shown += c if prints and drawn else c.encode("unicode_escape").decode()
     return shown
 
@@ -128,17 +130,28 @@ def draw_domains(ax, value, domain, names):
     ax.set(xlabel="value of a window (10⁻⁶ nats): quartiles, 5th to 95th percentile", ylabel="domain, negative windows")
 
 
-def draw_over_run(ax, log):
-    """Quantiles of the draws' values in up to 40 stretches of the run."""
-    end = len(log["iter"])
-    iters, values = (np.array_split(log[key], min(40, end)) for key in ("iter", "value"))
-    middle = [part.mean() for part in iters]
+def stretches(log):
+    """The log in up to 40 stretches of the run: their middles (n,), and n arrays of the values of their draws."""
+    iters, values = (np.array_split(log[key], min(40, len(log["iter"]))) for key in ("iter", "value"))
+    return [part.mean() for part in iters], values
+
+
+def draw_share(ax, log):
+    """The share of negative draws over the run."""
+    middle, values = stretches(log)
+    ax.plot(middle, [100 * (part < 0).mean() for part in values], color=NEGATIVE["facecolor"])
+    ax.set(ylabel="negative\ndraws (%)", ylim=(0, None), xlim=(0, len(log["iter"])))
+
+
+def draw_quantiles(ax, log):
+    """Quantiles of the draws' values over the run."""
+    middle, values = stretches(log)
     q = np.stack([np.percentile(1e6 * part, [5, 25, 50, 75, 95]) for part in values], 1)
     ax.fill_between(middle, q[0], q[4], color="#d6e4f1", linewidth=0, label="5th to 95th percentile")
     ax.fill_between(middle, q[1], q[3], color="#7fa8d1", linewidth=0, label="quartiles")
     ax.plot(middle, q[2], color="black", label="median")
     ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
-    ax.set(xlabel="iteration", ylabel="value of a draw (10⁻⁶ nats)", xlim=(0, end))
+    ax.set(xlabel="iteration", ylabel="value of a draw\n(10⁻⁶ nats)", xlim=(0, len(log["iter"])))
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98), borderpad=0)
 
 
@@ -159,13 +172,14 @@ def draw_figures(rows, loss, goal, scored):
     windows, mosaics, made = scored.get("windows", {}), {"loss.png": [["loss"]]}, {}
     panels = dict(loss=(draw_loss, rows, loss, goal))
     if scored:
-        panels |= dict(histogram=(draw_histogram, scored["value"]), quantiles=(draw_over_run, scored["log"]))
-        mosaics["values.png"] = [["histogram"], ["quantiles"]]
+        panels |= dict(histogram=(draw_histogram, scored["value"]))
+        panels |= dict(share=(draw_share, scored["log"]), quantiles=(draw_quantiles, scored["log"]))
+        mosaics["values.png"] = [["histogram"], ["share"], ["quantiles"]]
         mosaics["report.png"] = [["loss", "histogram"]]
     if windows:
         panels["domains"] = draw_domains, scored["value"], scored["domain"], scored["domains"]
         panels["windows"] = draw_windows, windows
-        mosaics["values.png"] = [["histogram", "domains"], ["quantiles", "domains"]]
+        mosaics["values.png"] = [[name, "domains"] for name in ("histogram", "share", "quantiles")]
         mosaics["report.png"].append(["windows", "windows"])
     texts = [loss, goal, *(row["name"] for row in rows), *scored.get("domains", [])]
     texts += [text for side in windows.values() for window in side for text in window]
@@ -188,14 +202,16 @@ def draw_figures(rows, loss, goal, scored):
 
 
 def write_figures(out, rows, loss, goal, scored):
-    """Write what draw_figures gives to the folder `out`."""
+    """Write what draw_figures gives to the folder `out`: {name: path}."""
     with writing(out):
         os.makedirs(out, exist_ok=True)
         with open(os.path.join(out, ".lock"), "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # reports that write here at the same time follow each other, each whole
-            for name, content in draw_figures(rows, loss, goal, scored).items():
+            made = draw_figures(rows, loss, goal, scored)
+            for name, content in made.items():
                 with atomic_write(os.path.join(out, name)) as file:
                     file.write(content)
+    return {name: os.path.join(out, name) for name in made}
 
 
 def write_trial(path, losses, found, name):

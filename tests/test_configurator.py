@@ -130,7 +130,7 @@ def test_any_command_line_gives_knobs_or_a_message(argv):
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(dtype="float16"), "--dtype=float16: expected bfloat16 or float32"),
+        (dict(dtype="float16"), "float16 needs a loss scaler"),
         (dict(n_embd=100, n_head=12), "--n_embd=100 is not divisible by --n_head=12"),
         (dict(filter_negative=True), "--filter_negative=True needs --filter_from"),
         (dict(filter_negative=True, filter_from="x", drop_random=0.5), "take one"),
@@ -144,6 +144,7 @@ def test_any_command_line_gives_knobs_or_a_message(argv):
         (dict(data_dir="\t"), "--data_dir='.t': has characters that cannot be printed"),
         (dict(val_sets="a,,b"), "--val_sets=a,,b: expected names, each once"),
         (dict(val_sets=r"a\,b,a\,b"), "expected names, each once"),
+        (dict(batch_size=2**20, block_size=2**11), "windows of --block_size=2048: too many"),
         (dict(seed=2**63), "--seed=9223372036854775808: must be at least 0 and below 9,223,372,036,854,775,808"),
         (dict(dropout=1), "--dropout=1: must be at least 0 and below 1"),
         (dict(batch_size=0), "--batch_size=0: must be at least 1"),

@@ -176,6 +176,8 @@ def test_a_noisy_control_is_asked_for_its_first_crossing_too(no_figures, capsys)
         "negative windows": "–",
         "eligible / scored / corpus windows": "120 / 160 / 1,000",
         "touchable draws": "100%",
+        "step, ms": "122.5",
+        "validation pass, ms": "–",
     }
     assert cells["control"]["saved"] == "reference"
 
@@ -249,7 +251,7 @@ def test_seeds_are_averaged_and_each_compared_with_the_reference_of_its_seed(no_
     assert rows["filtered"]["saved"]["each"] == pytest.approx([1 / 2, 1 / 4, 3 / 8])
     assert rows["filtered"]["saved"]["mean"] == pytest.approx(3 / 8)
     assert rows["filtered"]["saved"]["sd"] == pytest.approx(1 / 8)
-    assert rows["filtered"]["target"]["each"] == [2.0, 1.0, 2.0] and len(rows["control"]["runs"]) == 2
+    assert rows["filtered"]["target"]["each"] == [2.0, 1.0, 2.0] and rows["control"]["seeds"] == [1, 2]
     cells, notes = printed(capsys, *runs)
     assert cells["filtered"]["saved"] == "37.5 ± 12.5%" and cells["control"]["final test loss"] == "1.5000 ± 0.7071"
     assert cells["filtered"]["seeds"] == "3" and "±: standard deviation over seeds" in notes
@@ -299,9 +301,10 @@ def test_names_of_groups(folders, name):
     assert report.group_name(folders) == name
 
 
-def test_one_scored_run_alone_has_its_share_of_negatives_and_four_files(capsys, corpus):
+def test_one_scored_run_alone_has_its_share_of_negatives_its_costs_and_four_files(capsys, corpus):
     cells, notes = printed(capsys, make_baseline(), "--out=elsewhere")
-    assert cells["baseline"]["negative windows"] == "25.0%"
+    row = cells["baseline"]
+    assert (row["negative windows"], row["step, ms"], row["validation pass, ms"]) == ("25.0%", "122.5", "20.0")
     assert "Values in the figures: out/baseline, column all:sgd." in notes and "Figures: elsewhere" in notes
     assert shown("elsewhere") == ["loss.png", "report.png", "values.png", "windows.txt"]
     for name in ("loss.png", "report.png", "values.png"):
@@ -363,6 +366,7 @@ def test_a_character_is_drawn_with_a_font_of_the_system_that_has_it_or_else_as_a
     assert figures.families_for(text) == ["DejaVu Sans"]
     assert figures.printable(text) == "a小🦊é↵"
     assert figures.printable(text, ["DejaVu Sans"]) == "a\\u5c0f\\U0001f98aé↵"
+    assert figures.printable("e\u0301\u0301\u0301\u0301", ["DejaVu Sans"]) == "e\u0301\u0301\u0301\\u0301"
     font_of("squares.ttf", "Squares", "小说")
     monkeypatch.setattr(figures.font_manager.fontManager, "ttflist", [*figures.font_manager.fontManager.ttflist])
     figures.font_manager.fontManager.addfont("squares.ttf")
@@ -379,6 +383,11 @@ def test_values_come_from_the_first_run_that_has_them(no_figures, capsys, corpus
     make_run("out/control", [5, 4, 3, 2.5, 2], **CONTROL)
     _, notes = printed(capsys, "out/control", "out/unfinished", make_baseline())
     assert "Values in the figures: out/baseline, " in notes
+
+
+def test_the_time_of_a_step_with_and_without_its_validation_pass_is_told():
+    *_, line = report.read_run(make_run("out/run", [5, 4, 3], scored=True)).lines
+    assert (line["step_ms"], line["val_ms"], line["plain_ms"]) == (141.0, 20.0, 121.0)
 
 
 def test_without_scores_there_are_no_value_figures(capsys):
@@ -547,6 +556,32 @@ def test_a_run_that_diverged_has_no_number_and_is_no_reference(capsys):
     cells, _ = printed(capsys, "out/control", "out/filtered", "--target_loss=2")
     assert cells["control"]["final test loss"] == "nan"
     assert cells["control"]["iterations to the target test loss"] == "not reached"
+
+
+def test_json_is_the_table_with_null_for_what_is_not_finite(capsys):
+    make_run("out/control", [5, 4, 3, 2, float("nan")], **CONTROL)
+    make_run("out/filtered", [5, 3, 2, 2, 1], **FILTERED, seed=2, max_iters=50)
+    report.main(["out/control", "out/filtered", "--reference=out/filtered", "--target_loss=3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["files"] == {"loss.png": "out/report/loss.png"} and "has not ended: 40 of 50" in found["notes"][2]
+    control, filtered = found["rows"]
+    assert filtered == {
+        "name": "filtered",
+        "reference": True,
+        "arm": "treatment",
+        "coverage": COVERAGE,
+        "folders": ["out/filtered"],
+        "seeds": [2],
+        "target": {"mean": 3, "sd": None, "each": [3]},
+        "iterations": {"mean": 10, "sd": None, "each": [10]},
+        "saved": {"mean": 0, "sd": None, "each": [0]},
+        "final_loss": {"mean": 1, "sd": None, "each": [1]},
+        "bits_per_byte": {"mean": None, "sd": None, "each": [None]},
+        "negative_windows": {"mean": None, "sd": None, "each": [None]},
+        "step_ms": {"mean": 122.5, "sd": None, "each": [122.5]},
+        "validation_ms": {"mean": None, "sd": None, "each": [None]},
+    }
+    assert control["final_loss"] == {"mean": None, "sd": None, "each": [None]} and control["saved"]["mean"] == -1
 
 
 def test_different_corpora_are_refused():
