@@ -10,12 +10,14 @@ import pytest
 import torch
 from test_processes import run_ranks
 from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
+from test_trial import make_some_negative
 
 import bench
 import prepare_owt
 import report
 import sample
 import train
+import trial
 from model import GPT, GPTConfig
 from support import sources
 
@@ -66,6 +68,9 @@ def run(command):
         run_ranks(2, f"{' '.join(words[4:])} {TINY_RUN} --out_dir=out/torchrun")
     elif words[:2] == ["python", "prepare_owt.py"]:
         call(prepare_owt.main, f"{flags} --tokenizer=bytes")  # GPT-2's tokens may have to be downloaded
+    elif words[:2] == ["python", "trial.py"]:
+        make_some_negative(words[2])
+        call(trial.main, f"{flags} --share=1 --orders=1 --arms=control,filtered")
     elif words[:2] == ["python", "report.py"]:
         call(report.main, flags)
     elif words[:2] == ["python", "sample.py"]:

@@ -142,14 +142,19 @@ def edit_json(path, edit):
         json.dump(found, file)
 
 
+def make_some_negative(folder):
+    """Lower a tiny run's values, of which perhaps none is below zero."""
+    with np.load(f"{folder}/values.npz") as arrays:
+        arrays = dict(arrays)
+    np.savez(f"{folder}/values.npz", **arrays | dict(value=arrays["value"] - np.quantile(arrays["value"], 0.3)))
+
+
 @pytest.fixture
 def scored(home, baseline):  # noqa: F811
     """A fresh working folder with the corpus and a scored run in out/scored."""
     shutil.copytree(baseline, "out/scored")
     edit_json("out/scored/config.json", lambda config: config["knobs"].update(data_dir="data"))
-    with np.load("out/scored/values.npz") as arrays:
-        arrays = dict(arrays)
-    np.savez("out/scored/values.npz", **arrays | dict(value=arrays["value"] - np.quantile(arrays["value"], 0.3)))
+    make_some_negative("out/scored")
     return "out/scored"
 
 
