@@ -216,7 +216,7 @@ def write_figures(out, rows, loss, goal, scored):
 
 def write_trial(path, losses, found, name):
     """A trial's figure: the losses of every arm, {arm: (n,)}, an order a line, and what judge has `found` of them."""
-    with rc_context(RC):
+    with rc_context(RC | {"font.family": families_for(name)}):
         fig = Figure(figsize=(8, 3.2), layout="constrained")
         left, right = fig.subplots(1, 2)
         for order in zip(*losses.values(), strict=True):
@@ -224,17 +224,16 @@ def write_trial(path, losses, found, name):
         for x, arm in enumerate(losses.values()):
             left.plot([x - 0.15, x + 0.15], [np.mean(arm)] * 2, color="black", linewidth=2)
         left.set_xticks(range(len(losses)), losses)
-        left.set(
-            xlim=(-0.5, len(losses) - 0.5), ylabel=f"{name} (nats per token)", title="one line an order; bars: means"
-        )
+        left.set(xlim=(-0.5, len(losses) - 0.5), ylabel=f"{printable(name, rcParams['font.family'])} (nats per token)")
+        left.set_title("a line for each order; bars: means")
         for y, (mean, bounds) in enumerate(found["beside"].values()):
             color, _, marker = COMPARED[y]
             right.plot(bounds or [mean] * 2, [y, y], color=color, linewidth=2)
             right.plot(mean, y, color=color, marker=marker)
         right.set_yticks(range(len(found["beside"])), [f"beside\n{arm}" for arm in found["beside"]])
         right.axvline(0, color="black", linewidth=0.8)
-        right.axvline(-found["margin"], label="worth 5% of the iterations", **DOTTED)
-        right.set(ylim=(len(found["beside"]) - 0.5, -0.5), xlabel="filtered − control (nats per token)")
+        right.axvline(-found["margin"], label="the margin of 'no help'", **DOTTED)
+        right.set(ylim=(len(found["beside"]) - 0.5, -0.5), xlabel="filtered − the other arm (nats per token)")
         right.set_title(f"{found['verdict']}, {found['orders']} orders")
         right.legend(loc="lower center", bbox_to_anchor=(0.5, -0.45))
         picture = io.BytesIO()

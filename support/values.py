@@ -82,14 +82,16 @@ def z_score(dots):
     return (dots - dots.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)
 
 
-def write_values(out_dir, folder):
+def write_values(out_dir, folder, end=None):
     """
-    Add up a run's log to values.npz in `folder`: sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,)
-    int64, and z_score (n,), the mean over visits of (value - mean of its batch) / standard deviation of its batch.
-    `columns` (C,) names the columns. Of several, these are of the first, and values, z_scores (n, C) of all.
+    Add up a run's log, or its first `end` iterations, to values.npz in `folder`: sample_id (n,) int64 in order, value
+    (n,) float64 in nats, visits (n,) int64, and z_score (n,), the mean over visits of (value - mean of its batch) /
+    standard deviation of its batch. `columns` (C,) names the columns. Of several, these are of the first, and values,
+    z_scores (n, C) of all.
     Where there are groups of validation windows, errors (n, C) are the standard errors.
     """
     log = read_log(out_dir)
+    log |= {key: log[key][:end] for key in ("sample_id", "dot_product", "scale")}
     sample_id, where, visits = np.unique(log["sample_id"], return_inverse=True, return_counts=True)
 
     def summed(by_visit):  # (k, B) -> (n,)
