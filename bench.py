@@ -281,7 +281,8 @@ def main():
         print(json.dumps(result))
         return
     for key, value in result.items():
-        print(f"{key:25} {value:.4g}" if isinstance(value, float) else f"{key:25} {value}")
+        if value not in (None, ""):  # on a CPU there is neither a GPU nor MFU
+            print(f"{key:25} {value:.4g}" if isinstance(value, float) else f"{key:25} {value}")
 
 
 if __name__ == "__main__":
