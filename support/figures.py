@@ -235,7 +235,7 @@ def write_trial(path, losses, found, name):
         right.axvline(-found["margin"], label="the margin of 'no help'", **DOTTED)
         right.set(ylim=(len(found["beside"]) - 0.5, -0.5), xlabel="filtered − the other arm (nats per token)")
         right.set_title(f"{found['verdict']}, {found['orders']} orders")
-        right.legend(loc="lower center", bbox_to_anchor=(0.5, -0.45))
+        right.legend(loc="center")
         picture = io.BytesIO()
         fig.savefig(picture, format="png")
     with atomic_write(path) as file:

@@ -263,7 +263,7 @@ def test_an_arm_that_was_killed_is_named_and_gone_on_with_to_the_same_verdict(sc
 def test_orders_auto_looks_again_until_a_verdict_holds(scored, monkeypatch, capsys):
     rng, begun = np.random.default_rng(1), []
     control = rng.normal(2.5, 0.01, 32)
-    losses = dict(control=control, filtered=control - 0.001 + rng.normal(0, 0.002, 32))
+    losses = dict(control=control, filtered=control - 0.02 + rng.normal(0, 0.02, 32))
 
     def finish(todo, ranks, jobs):  # instead of training
         for order, arm in todo:
@@ -303,7 +303,12 @@ def test_another_folder_of_values_is_used_as_it_is(scored, capsys):
     assert Path("oracle/values.npz").read_bytes() == before
 
 
-def test_a_run_that_goes_on_does_not_change_its_trial(home, capsys):  # noqa: F811
+def test_a_run_that_goes_on_does_not_change_its_trial(home, monkeypatch, capsys):  # noqa: F811
+    def write_some_negative(out_dir, folder, end):
+        write_values(out_dir, folder, end)
+        make_some_negative(folder)
+
+    monkeypatch.setattr(trial, "write_values", write_some_negative)
     flags = f"{TINY} --score=True --val_batch_size=4 --out_dir=out/scored --checkpoint_interval=4 --lr_decay_iters=16"
     call(train.main, f"{flags} --max_iters=12")
     os.remove("out/scored/values.npz")
