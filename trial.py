@@ -48,7 +48,7 @@ ARMS = ("control", "random", "filtered")
 OWN = {f"--{knob}" for knob in ("out_dir", "init_from", "score", "filter_negative", "filter_pool", "drop_random")}
 LOOKS = (4, 8, 16, 32)  # orders after which --orders=auto asks for the verdict
 LEVEL = 0.05  # of a false verdict, divided among the looks
-CALIBRATION = 4.0  # nats of a retraining for each nat of a trial (study/foretell.md)
+CALIBRATION = 2.0  # nats of a retraining for each nat of a trial: the slope of study/foretell.md, of one seed so far
 WORTH = 0.05  # the share of the iterations that 'no help' must exclude
 
 
