@@ -5,8 +5,8 @@
 #   python train.py config/filtered.py --drop_random=0.16        the other control, in out/random: as many, at random
 #   python report.py out/baseline out/control out/filtered out/random
 #
-# The arms differ in their windows and in the order of these, in nothing else. Compare with the control, not with the
-# baseline: the learning rate of the baseline is still high after 10,000 of its 20,000 iterations.
+# The arms of a seed see the same windows in the same slots, but for those that an arm drops. Compare with the control,
+# not with the baseline: the learning rate of the baseline is still high after 10,000 of its 20,000 iterations.
 
 out_dir = "out/{arm}"
 dataset = "openwebtext"

@@ -113,6 +113,38 @@ class WindowOrder:
         return taken, position
 
 
+class PairedOrder(WindowOrder):
+    """
+    The sequence of the windows `ids` without those that an arm passes over. An epoch is one permutation of all `ids`,
+    whatever the arm: slot p holds its window p, or, where the arm passes that over, the next one counted back from the
+    epoch's end that it does not. So two arms of a seed have the same window in every slot that both accept. Memory is
+    O(ids).
+    """
+
+    def __init__(self, seed, stream, ids, rejected=(), drop_random=0.0):
+        super().__init__(len(ids), seed, stream, ids, rejected, drop_random)
+        self.slots, self.epoch = int(self.accepts(ids).sum()), None
+
+    def eligible(self):
+        """How many windows are not passed over: an epoch's slots."""
+        return self.slots
+
+    def at(self, position):
+        """The ids in the slots (k,) of the sequence, in rising order: (k,) int64."""
+        epochs, slots = np.divmod(position, self.slots)
+        return np.concatenate([self._windows(epoch)[slots[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def _windows(self, epoch):
+        """An epoch's windows, (slots,)."""
+        if epoch != self.epoch:
+            ids = super().at(epoch * self.n + np.arange(self.n))
+            accepted = self.accepts(ids)
+            self.windows, behind = np.split(ids, [self.slots])
+            self.windows[~accepted[: self.slots]] = behind[accepted[self.slots :]][::-1]
+            self.epoch = epoch
+        return self.windows
+
+
 def micro_batches(ids, batch_size, rank, world):
     """The micro-batches of `rank` in the global batch `ids`, (B,): a list of (number in the batch, (batch_size,))."""
     numbered = list(enumerate(ids.reshape(-1, batch_size)))
@@ -215,19 +247,21 @@ def load_filter(knobs, fingerprint, n_windows):
 def training_order(n_windows, seed, filter_negative, filter_pool, drop_random, scored=None):
     """
     The training stream, and what it covers. `scored` is (sample_id, value) of the filter's run, or None. filter_pool
-    'scored' draws from these windows, 'all' from the whole corpus; with `filter_negative` those of negative value are
-    rejected and the next of the sequence taken. Returns (order, coverage): coverage counts the windows in the corpus,
-    scored, negative and eligible, and has `touchable`, the share of draws that the filter can touch; None without
-    `scored`. Raises UserError where nothing is eligible.
+    'scored' draws from these windows, all arms in one order (PairedOrder); 'all' draws from the whole corpus and takes
+    the next of the sequence for a rejected one. With `filter_negative` those of negative value are rejected. Returns
+    (order, coverage): coverage counts the windows in the corpus, scored, negative and eligible, and has `touchable`,
+    the share of draws that the filter can touch; None without `scored`. Raises UserError where nothing is eligible.
     """
     if scored is None:
         return WindowOrder(n_windows, seed, TRAIN, drop_random=drop_random), None
     sample_id, value = scored
     negative = sample_id[value < 0]
-    order = WindowOrder(n_windows, seed, TRAIN, rejected=negative if filter_negative else (), drop_random=drop_random)
-    touchable = 1.0 if drop_random else len(sample_id) / n_windows  # every draw is tossed for
+    passed_over = dict(rejected=negative if filter_negative else (), drop_random=drop_random)
     if filter_pool == "scored":
-        order, touchable = WindowOrder(n_windows, seed, TRAIN, ids=sample_id[order.accepts(sample_id)]), 1.0
+        order, touchable = PairedOrder(seed, TRAIN, sample_id, **passed_over), 1.0
+    else:
+        order = WindowOrder(n_windows, seed, TRAIN, **passed_over)
+        touchable = 1.0 if drop_random else len(sample_id) / n_windows  # every draw is tossed for
     counts = dict(scored=len(sample_id), negative=len(negative), eligible=order.eligible())
     found = "{negative} of {scored} scored windows are negative".format(**counts)
     mend = "score with a larger --val_batch_size, or let unscored windows in with --filter_pool=all"

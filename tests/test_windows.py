@@ -98,6 +98,28 @@ def test_the_scored_pool_and_its_filter():
     assert coverage["eligible"] == 70
 
 
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(20, 300), seed=st.integers(0, 2**63 - 1), share=st.floats(0, 0.8), start=st.integers(0, 600))
+def test_all_arms_of_a_seed_have_the_same_window_in_every_slot_that_they_accept(n, seed, share, start):
+    rng = np.random.default_rng(seed)
+    sample_id = np.sort(rng.choice(10 * n, n, replace=False))
+    value = np.where(rng.permutation(n) < int(share * n), -1.0, 1.0)
+    arms = dict(control=(False, "scored", 0.0), filtered=(True, "scored", 0.0), random=(False, "scored", share))
+    for name, arm in arms.items():
+        try:
+            order, _ = training_order(10 * n, seed, *arm, (sample_id, value))
+        except UserError:  # a random drop may drop all of a few windows
+            continue
+        accepted, slots = set(sample_id[order.accepts(sample_id)]), order.eligible()
+        # the twin: one slot after the other, of one permutation of all scored windows an epoch
+        expected = []
+        for epoch in range((start + 3 * n) // slots + 1):
+            windows = WindowOrder(n, seed, TRAIN, ids=sample_id).take(epoch * n, n)[0].tolist()
+            spare = [window for window in windows if window in accepted]
+            expected += [window if window in accepted else spare.pop() for window in windows[:slots]]
+        assert slots == len(accepted) and order.take(start, 3 * n)[0].tolist() == expected[start : start + 3 * n], name
+
+
 def test_the_whole_corpus_as_the_pool():
     sample_id, value = scored()
     order, coverage = training_order(1000, 5, True, "all", 0.0, (sample_id, value))
