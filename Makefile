@@ -19,11 +19,14 @@ SOURCE ?= python
 .PHONY: demo test lint gpu gpu-data clean
 .DELETE_ON_ERROR:
 
-demo: out/demo_baseline/values.npz out/demo_control/done out/demo_filtered/done
+demo: out/demo_baseline/values.npz out/demo_baseline/trial/trial.png out/demo_control/done out/demo_filtered/done
 	$(VENV)/python report.py out/demo_baseline out/demo_control out/demo_filtered --out=out/demo_report
 
 out/demo_baseline/values.npz: data/python/meta.json
 	$(VENV)/python train.py config/demo_baseline.py $(call resume,out/demo_baseline)
+
+out/demo_baseline/trial/trial.png: out/demo_baseline/values.npz
+	$(VENV)/python trial.py out/demo_baseline
 
 out/demo_control/done: out/demo_baseline/values.npz
 	$(VENV)/python train.py config/demo_filtered.py $(call resume,out/demo_control)

@@ -183,6 +183,16 @@ def remarks(rows):
     return notes
 
 
+def trial_of(folder):
+    """What trial.py has found with the run in `folder`, as a list of one sentence or none."""
+    path = os.path.join(folder, "trial", "trial.json")
+    if not os.path.isfile(path):
+        return []
+    with reading(path, f"make it again with python trial.py {folder}"), open(path, encoding="utf-8") as file:
+        found = json.load(file)
+    return [f"Trial of {folder}: {found['says']} Figure: {found['figure']}"] if "says" in found else []
+
+
 def read_scored(run):
     """
     What figures and export show of a scored run: sample_id, value, visits (n,), the log; if its corpus is here, also
@@ -236,7 +246,7 @@ def main(argv=None):
     groups = group_runs(runs.values())
     reference = next(name for name, group in groups.items() if runs[chosen] in group)
     rows = compare(groups, reference, args.target_loss)
-    notes = remarks(rows)
+    notes = remarks(rows) + [note for run in runs.values() for note in trial_of(run.folder)]
     loss = "test loss" if args.test_set == "all" else f"test loss on {args.test_set}"
     goal = f"final {loss} of {reference}" if args.target_loss is None else f"target {loss}"
     run = next((run for run in runs.values() if run.has_values), None)

@@ -388,7 +388,7 @@ def train(knobs, ranks, stack):
 
 def print_values(folder, knobs):
     """Write values.npz at the end of a scored run, and say what its share of negatives tells."""
-    write_values(knobs.out_dir)
+    write_values(knobs.out_dir, knobs.out_dir)
     sample_id, value, visits = load_values(knobs.out_dir)
     folder.summarise(value)
     share = f"{(value < 0).mean():.1%} of them negative"

@@ -97,7 +97,7 @@ def baseline_run(knobs, folder, iters, limit):
         learning_rate=RATE, min_lr=RATE, warmup_iters=min(100, iters // 4), lr_decay_iters=10**6, log_interval=10
     )
     seconds = train(knobs, folder, limit, **flags)
-    write_values(folder)  # the run itself writes them at its last iteration alone
+    write_values(folder, folder)  # the run itself writes them at its last iteration alone
     _, value, visits = load_values(folder)
     last = [line for line in read_run(folder).lines if "step_ms" in line][-1]
     found = dict(iters=int(visits.sum()) // knobs.batch_size, baseline_s=seconds, negative=float((value < 0).mean()))

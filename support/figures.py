@@ -1,4 +1,4 @@
-"""The drawing of report.py. `rows` are those that its compare returns, `scored` is what its read_scored returns."""
+"""The drawing of report.py and trial.py. `rows` and `scored` are what report.py's compare and read_scored return."""
 
 import fcntl
 import functools
@@ -203,3 +203,32 @@ def write_figures(out, rows, loss, goal, scored):
                 with atomic_write(os.path.join(out, name)) as file:
                     file.write(content)
     return {name: os.path.join(out, name) for name in made}
+
+
+def write_trial(path, losses, found, name):
+    """A trial's figure: the losses of every arm, {arm: (n,)}, an order a line, and what judge has `found` of them."""
+    with rc_context(RC):
+        fig = Figure(figsize=(8, 3.2), layout="constrained")
+        left, right = fig.subplots(1, 2)
+        for order in zip(*losses.values(), strict=True):
+            left.plot(range(len(order)), order, color="0.6", linewidth=0.8, marker="o", ms=3.5)
+        for x, arm in enumerate(losses.values()):
+            left.plot([x - 0.15, x + 0.15], [np.mean(arm)] * 2, color="black", linewidth=2)
+        left.set_xticks(range(len(losses)), losses)
+        left.set(
+            xlim=(-0.5, len(losses) - 0.5), ylabel=f"{name} (nats per token)", title="one line an order; bars: means"
+        )
+        for y, (mean, bounds) in enumerate(found["beside"].values()):
+            color, _, marker = COMPARED[y]
+            right.plot(bounds or [mean] * 2, [y, y], color=color, linewidth=2)
+            right.plot(mean, y, color=color, marker=marker)
+        right.set_yticks(range(len(found["beside"])), [f"beside\n{arm}" for arm in found["beside"]])
+        right.axvline(0, color="black", linewidth=0.8)
+        right.axvline(-found["margin"], label="worth 5% of the iterations", **DOTTED)
+        right.set(ylim=(len(found["beside"]) - 0.5, -0.5), xlabel="filtered − control (nats per token)")
+        right.set_title(f"{found['verdict']}, {found['orders']} orders")
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, -0.45))
+        picture = io.BytesIO()
+        fig.savefig(picture, format="png")
+    with atomic_write(path) as file:
+        file.write(picture.getvalue())

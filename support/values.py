@@ -82,11 +82,11 @@ def z_score(dots):
     return (dots - dots.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)
 
 
-def write_values(out_dir):
+def write_values(out_dir, folder):
     """
-    Add up a run's log: values.npz with sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,) int64,
-    and z_score (n,), the mean over visits of (value - mean of its batch) / standard deviation of its batch. `columns`
-    (C,) names the run's columns. Where they are several, these are of the first, and values, z_scores (n, C) of all.
+    Add up a run's log to values.npz in `folder`: sample_id (n,) int64 in order, value (n,) float64 in nats, visits (n,)
+    int64, and z_score (n,), the mean over visits of (value - mean of its batch) / standard deviation of its batch.
+    `columns` (C,) names the columns. Of several, these are of the first, and values, z_scores (n, C) of all.
     Where there are groups of validation windows, errors (n, C) are the standard errors.
     """
     log = read_log(out_dir)
@@ -107,7 +107,7 @@ def write_values(out_dir):
         arrays |= dict(values=values, z_scores=z_scores)
     if len(groups[0]) > 1:
         arrays["errors"] = np.stack([group.std(0, ddof=1) / len(group) ** 0.5 for group in groups], 1)
-    with atomic_write(os.path.join(out_dir, "values.npz")) as file:
+    with atomic_write(os.path.join(folder, "values.npz")) as file:
         np.savez(file, **arrays)
 
 

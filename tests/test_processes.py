@@ -24,13 +24,13 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start_torchrun(launch, flags, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), f"{ROOT}/train.py", *flags.split()]
+def start_torchrun(launch, flags, script="train.py", **options):
+    command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), f"{ROOT}/{script}", *flags.split()]
     return subprocess.Popen(command, **PIPES, env=ENVIRONMENT, **options)
 
 
-def torchrun(n, flags):
-    run = start_torchrun(f"--standalone --nproc_per_node={n}", flags)
+def torchrun(n, flags, script="train.py"):
+    run = start_torchrun(f"--standalone --nproc_per_node={n}", flags, script)
     out, err = run.communicate()
     assert run.returncode == 0, err
     return out

@@ -81,7 +81,7 @@ def make_log(folder, values, sample_id):
     log = dict(iter=torch.arange(k), lr=torch.full((k,), 0.5).double(), clip=torch.ones(k).double())
     log |= dict(sample_id=torch.tensor(sample_id), dot_product=torch.tensor(values * B / 0.5, dtype=torch.float32))
     torch.save(log | dict(directions=["all:sgd"]), f"{folder}/dot_prod/dot_prod_log_iter_{k}.pt")
-    write_values(folder)
+    write_values(folder, folder)
 
 
 TEXT = [b"plain te", b"xt with ", b"$math$ \\", b"\n\ttab\x00\x07\xff", b"\xe4\xb8\xad \xc3\xa9", b"\xff\xfe\r\n_^{}"]

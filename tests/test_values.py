@@ -105,7 +105,7 @@ def test_values_are_summed_over_visits(tmp_path_factory, seed, B, files):
                 visits[i] = visits.get(i, 0) + 1
             n += 1
         write_log(out_dir, n, entries)
-    write_values(out_dir)
+    write_values(out_dir, out_dir)
     sample_id, value, count = load_values(out_dir)
     assert sample_id.tolist() == sorted(oracle)
     np.testing.assert_allclose(value, [oracle[i] for i in sample_id], rtol=1e-12, atol=1e-15)
@@ -139,7 +139,7 @@ def test_a_folder_may_have_any_name_and_a_copy_of_a_file_is_no_part_of_the_log(t
     for copy in ("dot_prod_log_iter_2 (1).pt", "dot_prod_log_iter_.pt", "dot_prod_log_iter_2.pt~"):
         shutil.copy(f"{out_dir}/dot_prod/dot_prod_log_iter_2.pt", f"{out_dir}/dot_prod/{copy}")
     assert list(log_files(out_dir)) == [2] and len(read_log(out_dir)["iter"]) == 2
-    write_values(out_dir)
+    write_values(out_dir, out_dir)
     assert load_values(out_dir)[2].tolist() == [2, 2]
 
 

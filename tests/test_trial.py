@@ -1,0 +1,293 @@
+"""A trial's arms are paired runs of train.py from the scored run's weights; its verdict follows the rule."""
+
+import json
+import multiprocessing.forkserver
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_processes import torchrun
+from test_train import TINY, baseline, call, corpus, home, metrics  # noqa: F401 (fixtures)
+
+import prepare_owt
+import report
+import train
+import trial
+from support.values import load_values, write_values
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict.
+
+
+def test_students_quantiles_are_those_of_the_tables():
+    table = {1: (6.3138, 12.7062), 2: (2.9200, 4.3027), 3: (2.3534, 3.1824), 7: (1.8946, 2.3646), 31: (1.6955, 2.0395)}
+    for df, (p95, p975) in table.items():
+        assert trial.t_quantile(0.95, df) == pytest.approx(p95, rel=2e-4)
+        assert trial.t_quantile(0.975, df) == pytest.approx(p975, rel=2e-4)
+        assert trial.t_quantile(0.025, df) == pytest.approx(-p975, rel=2e-4)
+
+
+CONTROL = np.array([2.50, 2.52, 2.49, 2.51])
+NOISE = np.array([0.001, -0.001, 0.0005, -0.0005])
+
+
+@pytest.mark.parametrize(
+    "beside_control, beside_random, d, verdict",
+    [
+        (-0.02, -0.02, 0.005, "helps"),
+        (-0.02, 0.01, 0.005, "cannot tell"),  # as many at random help more
+        (0.02, 0.02, 0.005, "harms"),
+        (0.02, 0.0, 0.005, "no help"),
+        (0.0, 0.0, 0.005, "no help"),
+        (0.0, 0.0, 0.0001, "cannot tell"),
+        (-0.001, -0.001, 0.0015, "cannot tell"),
+    ],
+)
+def test_the_verdict_goes_by_the_intervals_beside_both_controls(beside_control, beside_random, d, verdict):
+    filtered = CONTROL + beside_control + NOISE
+    losses = dict(control=CONTROL, random=filtered - beside_random - NOISE[::-1], filtered=filtered)
+    found = trial.judge({arm: each.tolist() for arm, each in losses.items()}, d, 0.05)
+    assert found["verdict"] == verdict
+    # the twin: t of a table, written out
+    for arm in ("control", "random"):
+        differences = filtered - losses[arm]
+        half = 3.1824 * np.sqrt(((differences - differences.mean()) ** 2).sum() / 3) / 2
+        mean, (low, high) = found["beside"][arm]
+        assert [low, mean, high] == pytest.approx([differences.mean() + x for x in (-half, 0, half)], abs=1e-6)
+    assert [found["effect"], found["interval"]] == [*found["beside"]["control"]]
+    assert (found["orders_needed"] is None) == (verdict != "cannot tell" or beside_random == 0.01)
+
+
+def test_one_order_has_no_interval():
+    found = trial.judge(dict(control=[2.5], filtered=[2.4]), 0.005, 0.05)
+    assert found["verdict"] == "cannot tell" and found["interval"] is None and found["effect"] == pytest.approx(-0.1)
+
+
+def test_the_verdict_in_words_says_what_a_retraining_may_expect():
+    run = types.SimpleNamespace(iters=np.array([0, 50, 100]), losses=np.array([5.0, 2.6, 2.5]), folder="out/scored")
+
+    def words(effect, noise, d=0.005):
+        filtered = (CONTROL + effect + noise * NOISE).tolist()
+        found = trial.judge(dict(control=CONTROL.tolist(), filtered=filtered), d, 0.05)
+        return trial.in_words(found, run, 100, "", 0.4)
+
+    # 4 * 0.005 nats are a fifth of the way from iteration 100 back to 50
+    assert trial.CALIBRATION == 4 and trial.saved(run, 0.02) == pytest.approx(0.1)
+    helps = words(-0.005, 0.1)
+    assert "Dropping the 40% of the windows that are negative helps: −0.0050 ± 0.0001 nats beside the control" in helps
+    assert "about 10% fewer iterations" in helps and "(out/scored, 100 iterations), these values (the first" in helps
+    assert "harms: +0.0050" in words(0.005, 0.1) and "does not help" in words(0.0, 1)
+    needed = trial.judge(dict(control=CONTROL, filtered=CONTROL - 0.001 + NOISE), 0.001, 0.05)["orders_needed"]
+    assert "Cannot tell whether dropping" in (said := words(-0.001, 1, 0.001)) and f"--orders={needed}." in said
+
+
+def test_pairs_are_compared_and_not_heaps():
+    found = trial.judge(dict(control=CONTROL.tolist(), filtered=(CONTROL - 0.01 + NOISE).tolist()), 0.005, 0.05)
+    assert found["verdict"] == "helps"
+    assert found["spread"]["control"]["paired"] == pytest.approx(np.std(NOISE, ddof=1))
+    expected = np.hypot(np.std(CONTROL, ddof=1), np.std(CONTROL + NOISE, ddof=1))
+    assert found["spread"]["control"]["unpaired"] == pytest.approx(expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(mean=st.floats(-0.01, 0.01), sd=st.floats(1e-4, 0.02), d=st.floats(0, 0.01), seed=st.integers(0, 2**32 - 1))
+def test_with_the_orders_needed_some_verdict_holds_and_with_two_thirds_of_them_none(mean, sd, d, seed):
+    noise = np.random.default_rng(seed).normal(size=4)
+    noise = sd * (noise - noise.mean()) / noise.std(ddof=1)  # so that mean and sd are exact
+    filtered = CONTROL + mean + noise
+    found = trial.judge(dict(control=CONTROL.tolist(), filtered=filtered.tolist()), d, 0.05)
+    n = found["orders_needed"]
+    if n is None or not 12 <= n <= 1000:
+        return
+    for orders, holds in ((int(1.1 * n) + 1, True), (int(n / 1.5), False)):
+        half = trial.t_quantile(0.975, orders - 1) * sd / orders**0.5
+        assert (mean + half < 0 or mean - half > 0 or mean - half > -d) == holds
+
+
+def test_a_filter_that_changes_nothing_is_rarely_called_a_help_however_often_one_looks():
+    rng, helps, n = np.random.default_rng(0), 0, 300
+    for _ in range(n):
+        control, random, filtered = rng.normal(2.5, 0.005, (3, 32))
+        for look in trial.LOOKS:
+            losses = dict(control=control[:look], random=random[:look], filtered=filtered[:look])
+            found = trial.judge(losses, 1e-9, trial.LEVEL / len(trial.LOOKS))
+            helps += found["verdict"] == "helps"
+            if found["verdict"] != "cannot tell":
+                break
+    assert helps < 0.05 * n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The arms.
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def edit_json(path, edit):
+    found = read_json(path)
+    edit(found)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(found, file)
+
+
+@pytest.fixture
+def scored(home, baseline):  # noqa: F811
+    """A fresh working folder with the corpus and a scored run in out/scored."""
+    shutil.copytree(baseline, "out/scored")
+    edit_json("out/scored/config.json", lambda config: config["knobs"].update(data_dir="data"))
+    with np.load("out/scored/values.npz") as arrays:
+        arrays = dict(arrays)
+    np.savez("out/scored/values.npz", **arrays | dict(value=arrays["value"] - np.quantile(arrays["value"], 0.3)))
+    return "out/scored"
+
+
+def run_trial(flags=""):
+    """The result of `trial.py out/scored <flags> --json`."""
+    trial.main(f"out/scored --share=1 --json {flags}".split())
+    return read_json("out/scored/trial/trial.json")
+
+
+def test_every_arm_is_a_run_of_train_py_from_the_scored_weights(scored, capsys):
+    found = run_trial("--orders=2")
+    printed = json.loads(capsys.readouterr().out)
+    assert {key: printed[key] for key in ("verdict", "effect", "interval")}.items() <= found.items()
+    assert sorted(found["losses"]) == ["control", "filtered", "random"] and os.path.getsize(found["figure"]) > 10_000
+    _, value, _ = load_values(scored)
+    checkpoint = torch.load(f"{scored}/ckpt.pt", weights_only=True)
+    weights = {key: checkpoint[key] for key in ("model", "model_args")}
+    torch.save(weights, "weights.pt")
+    lr = 1e-2 / 2
+    flags = f"{TINY} --init_from=weights.pt --filter_from={scored} --learning_rate={lr} --min_lr=0 --warmup_iters=0"
+    arms = dict(control="", filtered="--filter_negative=True", random=f"--drop_random={(value < 0).mean()}")
+    for order in (1, 2):
+        for arm, flag in arms.items():
+            out_dir = f"out/{arm}_{order}"
+            call(train.main, f"{flags} {flag} --eval_interval=8 --seed={1337 + order} --out_dir={out_dir}")
+            assert metrics(out_dir) == metrics(f"{scored}/trial/order_{order}/{arm}")
+            assert found["losses"][arm][str(order)] == metrics(out_dir)[-1]["test_loss"]
+    assert len({loss for losses in found["losses"].values() for loss in losses.values()}) == 6
+
+
+def test_a_trial_that_was_interrupted_ends_as_one_that_was_not(scored, capsys):
+    whole = run_trial("--orders=2 --arms=control,filtered")
+    os.rename("out/scored/trial", "whole")
+    # all arms of the first order ended; of the second one arm has a checkpoint, and the other has not begun
+    shutil.copytree("whole", "out/scored/trial", ignore=shutil.ignore_patterns("order_2"))
+    edit_json("out/scored/trial/trial.json", lambda record: [losses.pop("2") for losses in record["losses"].values()])
+    knobs = read_json("whole/order_2/filtered/config.json")["knobs"] | dict(max_iters=5, lr_decay_iters=8)
+    call(train.main, " ".join(f"--{key}={value}" for key, value in knobs.items()))
+    assert metrics("out/scored/trial/order_2/filtered")[-1]["iter"] == 5
+    again = run_trial("--orders=2 --arms=control,filtered")
+    assert again == whole
+    assert metrics("out/scored/trial/order_2/filtered")[-1] == metrics("whole/order_2/filtered")[-1]
+    # more orders go on with those that are there; fewer need no run at all
+    more = run_trial("--orders=3 --arms=control,filtered --jobs=2")
+    assert {arm: {n: more["losses"][arm][n] for n in "12"} for arm in more["losses"]} == whole["losses"]
+    assert more["orders"] == 3
+
+
+def test_a_run_that_has_not_ended_is_tried_with_its_values_so_far(home):  # noqa: F811
+    flags = f"{TINY} --score=True --val_batch_size=4 --out_dir=out/scored --checkpoint_interval=4 --max_iters=16"
+    call(train.main, flags)
+    os.remove("out/scored/values.npz")
+    found = run_trial("--orders=1 --arms=control,filtered")
+    assert found["settings"]["scored_iterations"] == 16
+    write_values("out/scored", "expected")
+    for ours, theirs in zip(load_values("out/scored/trial/scored"), load_values("expected"), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert "One order has no interval" in found["says"]
+
+
+def test_torchrun_s_processes_share_every_arm(scored, capsys):
+    flags = "--orders=1 --arms=control,filtered --gradient_accumulation_steps=2 --batch_size=2"
+    alone = run_trial(flags)
+    os.rename("out/scored/trial", "alone")
+    torchrun(2, f"out/scored --share=1 {flags}", "trial.py")
+    two = read_json("out/scored/trial/trial.json")
+    for arm in ("control", "filtered"):
+        assert two["losses"][arm]["1"] == pytest.approx(alone["losses"][arm]["1"], abs=1e-5)
+
+
+def test_an_arm_that_was_killed_is_named_and_gone_on_with(scored, capsys):
+    def kill_the_first_arm():
+        until = time.time() + 60
+        while not os.path.isfile("out/scored/trial/order_1/control/ckpt.pt") and time.time() < until:
+            time.sleep(0.01)
+        server = multiprocessing.forkserver._forkserver._forkserver_pid
+        with open(f"/proc/{server}/task/{server}/children") as file:
+            for child in file.read().split():
+                os.kill(int(child), signal.SIGKILL)
+
+    if not sys.platform.startswith("linux"):
+        pytest.skip("finds the arm's process in /proc")
+    killer = threading.Thread(target=kill_the_first_arm)
+    killer.start()
+    with pytest.raises(SystemExit, match="order_1/control: this run was ended by signal 9; the same command goes on"):
+        run_trial("--orders=1 --arms=control,filtered --max_iters=4000 --eval_interval=4000")
+    killer.join()
+    assert os.path.isfile("out/scored/trial/order_1/control/ckpt.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: refused in one line, before anything is written.
+
+
+def test_what_cannot_be_tried_is_refused(scored, corpus):  # noqa: F811
+    def refused(message, flags=""):
+        before = sorted(os.listdir("out/scored"))
+        with pytest.raises(SystemExit, match=message) as error:
+            run_trial(flags)
+        assert "\n" not in str(error.value) and sorted(os.listdir("out/scored")) == before
+
+    refused("--orders=0: expected a number of orders, or auto", "--orders=0")
+    refused("--arms=control,other: expected filtered and at least one", "--arms=control,other")
+    refused("--arms=filtered: expected filtered and at least one", "--arms=filtered")
+    refused("--jobs=0", "--jobs=0")
+    refused("--drop_random=0.2: the arms of a trial have it each in its own way", "--drop_random=0.2")
+    refused("there is no knob 'batchsize'; did you mean 'batch_size'", "--batchsize=4")
+    refused("--share=0.5: 4 of the 8 iterations of out/scored/ckpt.pt, and a trial has at least 8", "--share=0.5")
+    refused("has no column 'all:adam', only all:sgd", "--filter_column=all:adam")
+    refused("no evaluation with a test_loss_odd", "--test_set=odd")
+    call(prepare_owt.main, f"--source={corpus}/tiny.jsonl --tokenizer=bytes --name=other --test_fraction=0.3")
+    refused("--filter_from=out/scored: valued another corpus, 'tiny', than --dataset=other", "--dataset=other")
+    with np.load("out/scored/values.npz") as arrays:
+        arrays = dict(arrays)
+    np.savez("out/scored/values.npz", **arrays | dict(value=-np.abs(arrays["value"]) - 1))
+    refused("nothing is left to train on")
+    np.savez("out/scored/values.npz", **arrays | dict(value=np.abs(arrays["value"])))
+    refused("out/scored: none of its .* values is below zero")
+    np.savez("out/scored/values.npz", **arrays)
+    os.rename("out/scored/ckpt.pt", "ckpt.pt")
+    refused("out/scored/ckpt.pt: no such file; a trial starts from it")
+
+
+def test_a_run_without_values_is_refused(home):  # noqa: F811
+    call(train.main, f"{TINY} --out_dir=out/scored")
+    with pytest.raises(SystemExit, match="out/scored/dot_prod: no dot-product log there"):
+        run_trial()
+    assert not os.path.exists("out/scored/trial")
+
+
+def test_another_trial_in_the_same_folder_is_refused(scored, capsys):
+    run_trial("--orders=1 --arms=control,filtered")
+    with pytest.raises(SystemExit, match=r"trial: holds another trial, with learning_rate 0\.005; give .* --out"):
+        run_trial("--orders=1 --arms=control,filtered --learning_rate=1e-3")
+
+
+def test_the_report_shows_the_trial_of_its_run(scored, capsys):
+    found = run_trial("--orders=2 --arms=control,filtered")
+    capsys.readouterr()
+    report.main([scored])
+    assert found["says"] in capsys.readouterr().out

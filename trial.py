@@ -1,0 +1,318 @@
+"""
+Will it pay to train again without the windows of negative value? A trial tells in a tenth of the time of a retraining.
+
+    python trial.py out/baseline                          # a scored run that has ended, or has a checkpoint
+    python trial.py out/baseline --orders=auto            # 4, 8, 16 or 32 orders, as many as the verdict takes
+    python trial.py out/baseline --filter_column=novels:adam --test_set=novels           # when novels are the target
+    python trial.py out/baseline --batch_size=8 --gradient_accumulation_steps=2          # a knob of train.py
+    torchrun --standalone --nproc_per_node=8 trial.py out/baseline
+
+Every arm is a run of train.py that starts from the scored run's weights, with a fresh optimiser. Its learning rate
+rises to half the scored run's peak and falls to zero within `share` of the iterations. The arms draw from the scored
+windows: the control all of them, 'filtered' those that are not negative, 'random' as many of them at random. An order
+is a seed: its arms have the same window in every slot that they accept, and their losses are compared pair by pair.
+The verdict goes by the intervals of the mean difference over the orders (Student's t). If the trial is interrupted,
+the same command goes on with it. Its status is 0 whatever the verdict.
+"""
+
+import argparse
+import functools
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack, nullcontext, redirect_stdout
+from dataclasses import asdict, fields, replace
+from multiprocessing import connection, get_context
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from report import first_crossing, read_run
+from support.configurator import check, configure
+from support.figures import write_trial
+from support.files import atomic_write, load_torch, reading
+from support.processes import Ranks, keep_freed_memory, processes, without_traceback
+from support.run_folder import FREE_KNOBS, WEIGHTS
+from support.values import write_values
+from support.windows import Windows
+from train import Knobs, train
+
+ARMS = ("control", "random", "filtered")
+LOOKS = (4, 8, 16, 32)  # orders after which --orders=auto asks for the verdict
+LEVEL = 0.05  # of a false verdict, divided among the looks
+CALIBRATION = 4.0  # nats of a retraining for each nat of a trial (study/foretell.md)
+WORTH = 0.05  # the share of the iterations that 'no help' must exclude
+
+
+@functools.cache
+def t_quantile(p, df):
+    """The quantile of Student's t: sqrt(df) tan(a), where a has a density proportional to cos(a)^(df - 1)."""
+    a = (np.arange(0.5, 20_000) / 20_000 - 0.5) * np.pi
+    density = np.cos(a) ** (df - 1)
+    mass = np.cumsum(density) - density / 2
+    return float(np.sqrt(df) * np.tan(np.interp(p, mass / density.sum(), a)))
+
+
+def interval(differences, level):
+    """The mean of (n,) and its (low, high) at 1 - level; None for a single one."""
+    n, mean = len(differences), float(np.mean(differences))
+    if n == 1:
+        return mean, None
+    half = t_quantile(1 - level / 2, n - 1) * float(np.std(differences, ddof=1)) / n**0.5
+    return mean, (mean - half, mean + half)
+
+
+def orders_needed(differences, d, level):
+    """About how many orders it takes until a verdict holds beside all controls; None where none would."""
+    means, sds = np.array([(np.mean(each), np.std(each, ddof=1)) for each in differences]).T
+    needed = []
+    for gaps in (-means, means, means + d):  # to the bounds of helps, harms and no help
+        if gaps.min() > 1e-6:
+            n = 1000
+            for _ in range(5):  # the quantile depends on the number
+                t = t_quantile(1 - level / 2, n - 1)
+                n = int(np.clip((t * (sds / gaps).max()) ** 2 + 1, 2, 10**6))
+            needed.append(n)
+    return min(needed, default=None)
+
+
+def judge(losses, d, level):
+    """
+    What the final losses, {arm: (n,)} of the same n orders, say of the filtered arm: `verdict`, the `effect` beside the
+    control in nats and its `interval`, the same `beside` every control, the `spread` of a difference (the standard
+    deviation over orders) as paired and as if the arms were not, and `orders_needed` where the verdict is withheld.
+
+    'helps': the intervals beside all controls are below zero. 'harms': they are above it. 'no help': they are above -d.
+    """
+    filtered = np.array(losses["filtered"])
+    differences = {arm: filtered - losses[arm] for arm in losses if arm != "filtered"}
+    beside = {arm: interval(each, level) for arm, each in differences.items()}
+    found = dict(verdict="cannot tell", effect=None, interval=None, orders=len(filtered), level=level, margin=d)
+    found["effect"], found["interval"] = next(iter(beside.values()))
+    found |= dict(beside=beside, spread={}, orders_needed=None)
+    if len(filtered) == 1:
+        return found
+    for arm, each in differences.items():
+        unpaired = np.hypot(np.std(filtered, ddof=1), np.std(losses[arm], ddof=1))
+        found["spread"][arm] = dict(paired=float(np.std(each, ddof=1)), unpaired=float(unpaired))
+    low, high = np.array([bounds for _, bounds in beside.values()]).T
+    if high.max() < 0 or low.min() > -d:
+        found["verdict"] = "helps" if high.max() < 0 else "harms" if low.min() > 0 else "no help"
+    else:
+        found["orders_needed"] = orders_needed(list(differences.values()), d, level)
+    return found
+
+
+def saved(run, nats):
+    """The share of its iterations that a run does not need if its losses are lower by `nats` >= 0."""
+    return 1 - first_crossing(run.iters, run.losses, run.losses[-1] + nats) / run.iters[-1]
+
+
+def in_words(found, run, iterations, column, share):
+    """The verdict in plain words, what it means for a retraining, and what it holds for."""
+    what = f"dropping the {share:.0%} of the windows that are negative"
+    beside = []
+    for arm, (mean, bounds) in found["beside"].items():
+        half = f" ± {(bounds[1] - bounds[0]) / 2:.4f}" if bounds else ""
+        beside.append(f"{mean:+.4f}{half} nats beside {dict(control='the control', random='random drops')[arm]}")
+    measured = f"{', '.join(beside)} ({found['orders']} orders)".replace("-", "−")
+    if found["interval"] is None:
+        more = "One order has no interval: give --orders=4 or more."
+    elif found["orders_needed"]:
+        more = f"About {found['orders_needed']:,} orders would tell: --orders={found['orders_needed']}."
+    else:
+        more = "The two controls differ too much for more orders to tell."
+    expected = saved(run, CALIBRATION * max(0.0, -found["effect"]))
+    says = dict(helps=f"{what} helps: {measured}. Expect a retraining to need about {expected:.0%} fewer iterations.")
+    says["harms"] = f"{what} harms: {measured}. Do not train again without them."
+    says["no help"] = (
+        f"{what} does not help: {measured}. It would save less than {WORTH:.0%} of the iterations, if any."
+    )
+    says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {more}"
+    scope = f"This holds for this checkpoint ({run.folder}, {iterations:,} iterations)"
+    said = f"{says[found['verdict']]} {scope}, these values ({column or 'the first column'}) and this test set."
+    return said[0].upper() + said[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The arms.
+
+
+def knobs_of(args, theirs, iterations, rest):
+    """The knobs of the first order's control, from those of the scored run and what is left of the command line."""
+    ours = {field.name: theirs[field.name] for field in fields(Knobs) if field.name in theirs}
+    ours |= dict(out_dir=f"{args.out}/order_1/control", init_from=f"{args.out}/weights.pt", seed=ours["seed"] + 1)
+    ours |= dict(score=False, filter_from=args.run, filter_column=args.filter_column, filter_pool="scored")
+    ours |= dict(filter_negative=False, drop_random=0.0, wandb_log=False)
+    ours |= dict(max_iters=iterations, eval_interval=iterations, warmup_iters=iterations // 16, lr_decay_iters=0)
+    ours |= dict(learning_rate=ours["learning_rate"] / 2, min_lr=0.0, decay_lr=True)
+    if not os.path.isfile(f"{args.run}/values.npz"):  # the run has not ended: its values so far
+        ours["filter_from"] = f"{args.out}/scored"
+    return configure(Knobs, [*(f"--{key}={value}" for key, value in ours.items()), *rest])
+
+
+def begin(args, knobs, checkpoint):
+    """Write what all arms start from: the weights, and the values so far of a run that has not ended."""
+    if knobs.filter_from != args.run:
+        write_values(args.run, knobs.filter_from)
+        with open(f"{args.run}/config.json", "rb") as ours, atomic_write(f"{knobs.filter_from}/config.json") as file:
+            file.write(ours.read())
+    coverage = Windows(replace(knobs, filter_negative=True)).coverage
+    check(coverage["negative"], f"{knobs.filter_from}: none of its {coverage['scored']:,} values is below zero")
+    with atomic_write(f"{args.out}/weights.pt") as file:
+        torch.save({key: checkpoint[key] for key in WEIGHTS}, file)
+
+
+def run_arm(knobs, ranks=None, jobs=1):
+    """
+    Train an arm, or go on with it, to its end; what it prints is in its metrics.jsonl. Without `ranks` this process is
+    the arm's alone, one of `jobs` that share the CPU's threads. A signal that stops the arm ends the process.
+    """
+    if ranks is None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+        keep_freed_memory()
+    with processes(knobs) if ranks is None else nullcontext(ranks) as ranks, ExitStack() as stack:
+        stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        stopped = train(knobs, ranks, stack)
+    if stopped:
+        signal.signal(stopped, signal.SIG_DFL)
+        signal.raise_signal(stopped)
+
+
+def finish(todo, ranks, jobs):
+    """Run the arms, {name: knobs}, `jobs` at a time, and yield the name of each when it has ended."""
+    if "RANK" in os.environ:  # torchrun's processes share every arm
+        for name, knobs in todo.items():
+            run_arm(knobs, ranks)
+            yield name
+        return
+    context = get_context("forkserver")  # its processes begin with torch imported
+    context.set_forkserver_preload(["torch", "train"])
+    waiting, running = list(todo), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                process = context.Process(target=run_arm, args=(todo[name], None, jobs))
+                process.start()
+                running[process.sentinel] = process, name
+            for sentinel in connection.wait(running):
+                process, name = running.pop(sentinel)
+                process.join()
+                status = process.exitcode
+                ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+                check(status == 0, f"{todo[name].out_dir}: this run {ended}; the same command goes on with the trial")
+                yield name
+    finally:  # after an error: the others end in good order, with a checkpoint
+        for process, _ in running.values():
+            process.terminate()
+            process.join()
+
+
+def parse(argv):
+    """(args, the rest): the trial's own flags, checked, and those for train.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", help="the folder of a scored run")
+    parser.add_argument("--share", type=float, default=0.1, help="of the scored run's iterations; default: 0.1")
+    parser.add_argument("--orders", default="4", metavar="N", help="seeds of every arm, or 'auto'; default: 4")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"default: {','.join(ARMS)}")
+    parser.add_argument("--filter_column", default="", metavar="NAME", help="of the values; default: the first")
+    parser.add_argument("--test_set", default="all", metavar="SET", help="go by the test loss of one of the val_sets")
+    parser.add_argument("--jobs", type=int, default=1, help="arms at a time; default: 1")
+    parser.add_argument("--out", metavar="FOLDER", help="default: trial, in the run's folder")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of words")
+    args, rest = parser.parse_known_args(argv)
+    args.run, args.out = os.path.normpath(args.run), args.out or os.path.join(args.run, "trial")
+    fits = args.orders == "auto" or (args.orders.isdecimal() and int(args.orders) > 0)
+    check(fits, f"--orders={args.orders}: expected a number of orders, or auto")
+    named = args.arms.split(",")
+    fits = set(named) <= set(ARMS) and "filtered" in named and len(set(named)) > 1
+    check(fits, f"--arms={args.arms}: expected filtered and at least one of control and random")
+    args.arms = [arm for arm in ARMS if arm in named]
+    check(args.jobs > 0, f"--jobs={args.jobs}: expected at least 1")
+    for flag in rest:
+        own = flag.partition("=")[0] in ("--out_dir", "--filter_negative", "--drop_random", "--score")
+        check(not own, f"{flag}: the arms of a trial have it each in its own way; leave it out")
+    return args, rest
+
+
+def trial(args, run, knobs, checkpoint, ranks):
+    """
+    Run the arms that are not recorded in trial.json, and return what judge finds, with the losses, what it `says` and
+    the path of the figure. Raises UserError where the folder holds another trial.
+    """
+    path, losses = f"{args.out}/trial.json", {}
+    begun = os.path.isfile(path)
+    if ranks.rank == 0 and not begun:
+        begin(args, knobs, checkpoint)
+    ranks.barrier()
+    windows = Windows(replace(knobs, filter_negative=True))
+    share = windows.coverage["negative"] / windows.coverage["scored"]
+    settings = {key: value for key, value in asdict(knobs).items() if key not in FREE_KNOBS - {"max_iters"}}
+    settings |= dict(test_set=args.test_set, scored_iterations=checkpoint["iter_num"], windows=windows.order.digest())
+    if begun:
+        with reading(path, "remove its folder, or give another --out"), open(path, encoding="utf-8") as file:
+            record = json.load(file)
+            theirs, losses = record["settings"], record["losses"]
+        other = ", ".join(f"{key} {theirs.get(key)}" for key in settings if theirs.get(key) != settings[key])
+        check(not other, f"{args.out}: holds another trial, with {other}; give this one another --out")
+
+    worth = float(np.interp((1 - WORTH) * run.iters[-1], run.iters, run.losses) - run.losses[-1]) / CALIBRATION
+    looks = LOOKS if args.orders == "auto" else [int(args.orders)]
+    for look in looks:
+        orders = [str(order) for order in range(1, look + 1)]  # as JSON has them
+        todo = {}
+        for order, arm in ((order, arm) for order in orders for arm in args.arms):
+            if order not in losses.get(arm, {}):
+                arm_knobs = dict(out_dir=f"{args.out}/order_{order}/{arm}", seed=knobs.seed + int(order) - 1)
+                arm_knobs |= dict(filter_negative=arm == "filtered", drop_random=share if arm == "random" else 0.0)
+                if os.path.isfile(f"{arm_knobs['out_dir']}/ckpt.pt"):
+                    arm_knobs["init_from"] = "resume"
+                todo[order, arm] = replace(knobs, **arm_knobs)
+        ranks.barrier()  # all have seen the folders as they were
+        silent = None if ranks.rank == 0 else True
+        for order, arm in tqdm(finish(todo, ranks, args.jobs), total=len(todo), unit="arm", disable=silent):
+            if ranks.rank == 0:
+                folder = todo[order, arm].out_dir
+                losses.setdefault(arm, {})[order] = float(read_run(folder, args.test_set).losses[-1])
+                with atomic_write(path) as file:
+                    file.write(json.dumps(dict(settings=settings, losses=losses)).encode())
+                os.remove(f"{folder}/ckpt.pt")
+                tqdm.write(f"order {order}, {arm}: {losses[arm][order]:.4f}", file=sys.stderr)
+        losses = ranks.broadcast(losses, knobs.device)
+        judged = {arm: [losses[arm][order] for order in orders] for arm in args.arms}
+        found = judge(judged, max(worth, 0.0), LEVEL / len(looks))
+        if found["verdict"] != "cannot tell":
+            break
+    found |= dict(
+        says=in_words(found, run, checkpoint["iter_num"], args.filter_column, share), figure=f"{args.out}/trial.png"
+    )
+    if ranks.rank == 0:
+        write_trial(found["figure"], judged, found, "test loss" if args.test_set == "all" else args.test_set)
+        with atomic_write(path) as file:
+            file.write(json.dumps(dict(settings=settings, losses=losses, **found), indent=1).encode())
+    return found
+
+
+def main(argv=None):
+    args, rest = parse(argv)
+    run = read_run(args.run, args.test_set)
+    path, mend = f"{args.run}/ckpt.pt", "a trial starts from it; train the run again in another --out_dir"
+    checkpoint = load_torch(path, (*WEIGHTS, "iter_num"), mend)
+    iterations = round(args.share * checkpoint["iter_num"])
+    few = f"--share={args.share}: {iterations} of the {checkpoint['iter_num']} iterations of {path}"
+    check(iterations >= 8, f"{few}, and a trial has at least 8; give a larger --share, or train the run for longer")
+    knobs = knobs_of(args, run.knobs, iterations, rest)
+    with without_traceback(), processes(knobs) if "RANK" in os.environ else nullcontext(Ranks()) as ranks:
+        found = trial(args, run, knobs, checkpoint, ranks)
+        if ranks.rank == 0:
+            print(json.dumps(found, indent=1) if args.json else f"{found['says']}\nFigure: {found['figure']}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack a character
+    main()
