@@ -32,7 +32,6 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the workers
 
 import torch  # noqa: E402
 
