@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 from foretell import CONDITIONS, PERCENT, Condition, arms_of, run_of  # noqa: E402
 from tables import markdown, saving  # noqa: E402
 
-from trial import LEVEL, WORTH, interval, judge, t_quantile  # noqa: E402
+from trial import CALIBRATION, LEVEL, WORTH, interval, judge, t_quantile  # noqa: E402
 
 SERIES = ("undamaged", "5% damaged", "15% damaged", "30% damaged")
 REFERENCES = ("control", "random")
@@ -156,11 +156,11 @@ def fits_table(found):
         rows.append([label, str(len(some)), *line_cells(line)])
     with_oracles = [np.concatenate(both) for both in zip(points(found, names), oracles(found, names), strict=True)]
     rows.insert(2, ["standard trials, and the oracles'", str(len(with_oracles[0])), *line_cells(fit(*with_oracles))])
-    slope, half, intercept, correlation = fit(*points(found, names, "saved"))
-    rows.append(
-        ["all standard trials, to iterations saved", str(len(names)), f"{slope:.0f} ± {half:.0f} % a 0.01 nats"]
-    )
-    rows[-1] += [f"{100 * intercept:+.0f} %", f"{correlation:.2f}"]
+    line = fit(*points(found, names, "saved"))
+    if line:
+        slope, half, intercept, correlation = line
+        row = ["all standard trials, to iterations saved", str(len(names)), f"{slope:.0f} ± {half:.0f} % a 0.01 nats"]
+        rows.append([*row, f"{100 * intercept:+.0f} %", f"{correlation:.2f}"])
     rows = [[cell.replace("-", "−") if i > 1 else cell for i, cell in enumerate(row)] for row in rows]
     return markdown(["conditions", "number", "slope", "intercept, nats", "correlation"], rows)
 
@@ -241,7 +241,8 @@ def main():
     waiting = [f"{name} ({len(one.trials)}, {len(one.retrained)})" for name, one in compared.items() if not one.whole]
 
     names = [name for name in found if standard(name)]
-    slope = fit(*points(found, names))[0]
+    line = fit(*points(found, names))
+    slope = line[0] if line else CALIBRATION
     print(f"## Conditions\n\n{conditions_table(found, slope)}\n## Lines\n\n{fits_table(found)}")
     print(f"## Verdicts\n\n{outcomes_table(found, slope)}\n## Spread\n\n{spreads_table(lines)}")
     draw(found, f"{args.out}/foretell.png")
