@@ -204,28 +204,36 @@ def spreads_table(lines):
 
 
 def draw(found, path):
-    """Foretold against realised, with 95% intervals and the line of the standard trials."""
-    fig, ax = plt.subplots(figsize=(8.5, 6), layout="constrained")
-    for name, one in found.items():
-        x, y = np.mean(one.foretold), np.mean(one.realised)
-        style = dict(fmt="o", color="C0") if standard(name) else dict(fmt="s", color="0.6", markerfacecolor="white")
-        bars = dict(xerr=half_interval(one.foretold), yerr=half_interval(one.realised))
-        ax.errorbar(x, y, **bars, **style, markersize=5, elinewidth=0.6, alpha=0.9)
-        ax.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    """
+    Left: foretold against realised, with 95% intervals and the line of the standard trials. Right: what trials from
+    other weights and of other shares foretell, in the place of the standard one.
+    """
+    fig, (ax, right) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=[1.7, 1], layout="constrained")
     names = [name for name in found if standard(name)]
-    x, y = points(found, names)
-    ox, oy = oracles(found, names)
-    ax.plot(ox, oy, "^", color="C2", markersize=6, label="oracle instead of the filter, standard trial")
-    ax.plot([], [], "o", color="C0", label="standard trial: from the run's last weights, a tenth of its iterations")
-    ax.plot([], [], "s", color="0.6", markerfacecolor="white", label="from other weights, or of another share")
+    (x, y), (ox, oy) = points(found, names), oracles(found, names)
+    for number, name in enumerate(names, 1):
+        one, at = found[name], (np.mean(found[name].foretold), np.mean(found[name].realised))
+        bars = dict(xerr=half_interval(one.foretold), yerr=half_interval(one.realised))
+        ax.errorbar(*at, **bars, fmt="o", color="C0", markersize=4, elinewidth=0.5, label=f"{number}  {name}")
+        ax.annotate(str(number), at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    ax.plot(ox, oy, "^", color="C2", markersize=6, label="oracles: the undamaged windows")
     line = fit(x, y)
     if line:
         ends = np.array([min(x.min(), ox.min(initial=0)), max(x.max(), 0)])
         ax.plot(ends, line[0] * ends + line[2], "C0-", linewidth=1, label=f"slope {line[0]:.1f} ± {line[1]:.1f}")
-    ax.axhline(0, color="black", linewidth=0.5, linestyle="--")
-    ax.axvline(0, color="black", linewidth=0.5, linestyle="--")
+    for zero in (ax.axhline, ax.axvline, right.axvline):
+        zero(0, color="black", linewidth=0.5, linestyle="--")
     ax.set(xlabel="foretold: effect in the trial, nats", ylabel="realised: effect after retraining, nats")
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), handlelength=1)
+    others = ["15% damaged", *(name for name in found if name not in names)][::-1]
+    others = [name for name in others if name in found]
+    foretold = [found[name].foretold for name in others]
+    means, halves = [np.mean(each) for each in foretold], [half_interval(each) for each in foretold]
+    right.errorbar(means, range(len(others)), xerr=halves, fmt="ko", markersize=4, capsize=3)
+    right.set_yticks(range(len(others)), others, fontsize=8)
+    right.set(xlabel="effect in the trial, nats")
+    right.set_title("the same retraining, other trials", fontsize=9)
+    right.locator_params(axis="x", nbins=5)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
