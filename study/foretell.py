@@ -130,6 +130,7 @@ CONDITIONS = {
     "damaged, share 0.05": Condition(DAMAGED, share=0.05),
     "damaged, share 0.3": Condition(DAMAGED, share=0.3),
     "damaged, small pool": Condition(DAMAGED, pool="third"),
+    "undamaged, from 10%": Condition(CLEAN, start="64"),
 }
 
 

@@ -225,8 +225,7 @@ def draw(found, path):
         zero(0, color="black", linewidth=0.5, linestyle="--")
     ax.set(xlabel="foretold: effect in the trial, nats", ylabel="realised: effect after retraining, nats")
     ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), handlelength=1)
-    others = ["15% damaged", *(name for name in found if name not in names)][::-1]
-    others = [name for name in others if name in found]
+    others = [name for name in found if name not in names or name in ("15% damaged", "undamaged")][::-1]
     foretold = [found[name].foretold for name in others]
     means, halves = [np.mean(each) for each in foretold], [half_interval(each) for each in foretold]
     right.errorbar(means, range(len(others)), xerr=halves, fmt="ko", markersize=4, capsize=3)
