@@ -152,24 +152,29 @@ def fits_table(found):
     sets["every condition, variants too"] = list(found)
     rows = []
     for label, some in sets.items():
-        line = fit(*points(found, some))
-        rows.append([label, str(len(some)), *line_cells(line)])
+        rows.append([label, str(len(some)), *line_cells(*points(found, some))])
     with_oracles = [np.concatenate(both) for both in zip(points(found, names), oracles(found, names), strict=True)]
-    rows.insert(2, ["standard trials, and the oracles'", str(len(with_oracles[0])), *line_cells(fit(*with_oracles))])
+    rows.insert(2, ["standard trials, and the oracles'", str(len(with_oracles[0])), *line_cells(*with_oracles)])
     line = fit(*points(found, names, "saved"))
     if line:
         slope, half, intercept, correlation = line
         row = ["all standard trials, to iterations saved", str(len(names)), f"{slope:.0f} ± {half:.0f} % a 0.01 nats"]
-        rows.append([*row, f"{100 * intercept:+.0f} %", f"{correlation:.2f}"])
+        rows.append([*row, f"{100 * intercept:+.0f} %", f"{correlation:.2f}", "–"])
     rows = [[cell.replace("-", "−") if i > 1 else cell for i, cell in enumerate(row)] for row in rows]
-    return markdown(["conditions", "number", "slope", "intercept, nats", "correlation"], rows)
+    return markdown(["conditions", "number", "slope", "intercept, nats", "correlation", "slope through zero"], rows)
 
 
-def line_cells(line):
+def line_cells(x, y):
+    line = fit(x, y)
     if line is None:
-        return ["–"] * 3
+        return ["–"] * 4
     slope, half, intercept, correlation = line
-    return [f"{slope:.1f} ± {half:.1f}", f"{intercept:+.4f}", f"{correlation:.2f}"]
+    return [
+        f"{slope:.1f} ± {half:.1f}",
+        f"{intercept:+.4f}",
+        f"{correlation:.2f}",
+        f"{(x * y).sum() / (x * x).sum():.1f}",
+    ]
 
 
 def outcomes_table(found, slope):
@@ -199,7 +204,8 @@ def spreads_table(lines):
                 if len(mine) > 1:
                     paired.append(np.var(np.subtract(filtered, control), ddof=1))
                     unpaired.append(np.var(filtered, ddof=1) + np.var(control, ddof=1))
-        rows.append([label, *(f"{np.mean(each) ** 0.5:.4f}" for each in (paired, unpaired)), str(len(paired))])
+        if paired:
+            rows.append([label, *(f"{np.mean(each) ** 0.5:.4f}" for each in (paired, unpaired)), str(len(paired))])
     return markdown(["", "paired, nats", "unpaired, nats", "conditions and seeds"], rows)
 
 
