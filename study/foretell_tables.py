@@ -96,7 +96,7 @@ class Compared:
         return found
 
     def outcome(self, verdict):
-        """'right', 'wrong', 'withheld', or 'undecidable' where the interval of the realised effect covers zero."""
+        """'right', 'wrong', 'withheld', or 'undecidable' where the realised effect has no interval or one with zero."""
         mean = np.mean(self.realised)
         if verdict == "cannot tell":
             return "withheld"
@@ -148,6 +148,8 @@ def fits_table(found):
     """Lines from trial nats to retrained nats, of several sets of conditions."""
     names = [name for name in found if standard(name)]
     sets = {"all standard trials": names, "without the damage series": [n for n in names if n not in SERIES]}
+    sets["without any damage"] = [n for n in names if CONDITIONS[n].corpus not in PERCENT]
+    sets["judged on all text"] = [n for n in names if CONDITIONS[n].target == "test_loss"]
     sets |= {f"without {name}": [n for n in names if n != name] for name in names}
     sets["every condition, variants too"] = list(found)
     rows = []
@@ -169,12 +171,8 @@ def line_cells(x, y):
     if line is None:
         return ["–"] * 4
     slope, half, intercept, correlation = line
-    return [
-        f"{slope:.1f} ± {half:.1f}",
-        f"{intercept:+.4f}",
-        f"{correlation:.2f}",
-        f"{(x * y).sum() / (x * x).sum():.1f}",
-    ]
+    through_zero = (x * y).sum() / (x * x).sum()
+    return [f"{slope:.1f} ± {half:.1f}", f"{intercept:+.4f}", f"{correlation:.2f}", f"{through_zero:.1f}"]
 
 
 def outcomes_table(found, slope):
