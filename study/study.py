@@ -43,16 +43,19 @@ CENTRE = dict(n_layer=2, n_head=2, n_embd=96, bias=False, block_size=T, batch_si
 CENTRE |= dict(compile=False, learning_rate=2e-3, min_lr=2e-4, warmup_iters=40, val_batch_size=16, max_iters=640)
 CENTRE |= dict(eval_interval=160, eval_iters=16, checkpoint_interval=10000, log_interval=20)
 RETRAIN = dict(max_iters=400, eval_interval=25)
-DAMAGE = ("shuffled", "foreign", "duplicated")  # 5% of the training windows each
+DAMAGE = ("shuffled", "foreign", "duplicated")
+PERCENT = (5, 5, 5)  # of the training windows, of each
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The corpora.
 
 
-def damage_of(ids):
-    """0 for an untouched window, 1 + its place in DAMAGE for a damaged one: (n,)."""
-    hashed = mix(ids.astype(np.uint64) + np.uint64(2**40)) % np.uint64(100)
-    return np.where(hashed < 15, 1 + hashed // 5, 0).astype(int)
+def damage_of(ids, percent=PERCENT):
+    """0 for an untouched window, 1 + its place in DAMAGE for a damaged one: (n,). `percent` says how many of each."""
+    hashed = mix(ids.astype(np.uint64) + np.uint64(2**40))
+    place = hashed % np.uint64(100) + hashed // np.uint64(100) % np.uint64(1000) / 1000.0  # 0 to 100, of each window
+    kind = 1 + np.searchsorted(np.cumsum(percent), place, side="right")
+    return np.where(kind <= len(percent), kind, 0)
 
 
 def prepare(documents, name, wanted):
@@ -76,8 +79,8 @@ def script(name, *flags):
         raise UserError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
 
 
-def damage(clean, foreign, name):
-    """The corpus `clean` with 15% of its training windows replaced, as the corpus `name`."""
+def damage(clean, foreign, name, percent=PERCENT):
+    """The corpus `clean` with `percent` of its training windows replaced, by kind, as the corpus `name`."""
     source, target = f"data/{clean}", f"data/{name}"
     if os.path.isfile(f"{target}/meta.json"):
         return
@@ -86,7 +89,7 @@ def damage(clean, foreign, name):
     tokens = np.memmap(f"{target}/train.bin", dtype="<u2", mode="r+")
     windows = tokens[: len(tokens) // T * T].reshape(-1, T)
     theirs = open_split(f"data/{foreign}", "train", load_meta(f"data/{foreign}"))
-    kind = damage_of(np.arange(len(windows)))
+    kind = damage_of(np.arange(len(windows)), percent)
     shuffled, replaced, copied = (np.flatnonzero(kind == 1 + k) for k in range(3))
     windows[shuffled] = rng.permuted(windows[shuffled], axis=1)
     windows[replaced] = theirs.windows(rng.integers(len(theirs) // T - 1, size=len(replaced)), T)[:, :T]
