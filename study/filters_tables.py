@@ -1,0 +1,174 @@
+"""
+The lines of filters.py -> tables in Markdown, and a figure.
+
+    python study/filters_tables.py       # reads study/filters.jsonl, writes study/filters.png, prints the tables
+
+A number with an interval is the mean over scored seeds ± half of its 95% interval (Student's t). The number of a seed
+is the mean over its orders of the difference of two arms of one order. Negative is better.
+"""
+
+import argparse
+import json
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from filters import FEW, SHARES, SOURCES, Arm
+from tables import cell, interval, markdown
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+KINDS = ("sign", "DSIR", "label", "both", "either", "sum")
+REFERENCES = ("control", "random")
+
+
+class Arms:
+    """The lines of the arms of one source, by (values, score, share), then by (seed, order); and its scored runs."""
+
+    def __init__(self, path, source):
+        self.arms, self.scored = {}, {}
+        with open(path, encoding="utf-8") as file:
+            for line in map(json.loads, file):
+                run = line["run"]
+                if run[0] == source and len(run) == len(Arm._fields):
+                    arm = Arm(*run)
+                    self.arms.setdefault((arm.values, arm.score, arm.share), {})[arm.seed, arm.order] = line
+                elif run[0] == source:
+                    self.scored.setdefault(run[2], {})[run[1]] = line
+
+    def beside(self, key, reference, loss):
+        """{seed: the mean over orders of the difference of `loss` to the reference's}."""
+        ours, theirs = self.arms.get(key, {}), self.arms.get(("main", reference, 0.0), {})
+        found = {}
+        for seed, order in sorted(ours.keys() & theirs.keys()):
+            found.setdefault(seed, []).append(ours[seed, order][loss] - theirs[seed, order][loss])
+        return {seed: float(np.mean(each)) for seed, each in found.items()}
+
+    def spread(self, key, reference, loss):
+        """The standard deviation over orders of that difference, within a seed; None without two orders of one."""
+        ours, theirs = self.arms.get(key, {}), self.arms.get(("main", reference, 0.0), {})
+        by_seed = {}
+        for seed, order in ours.keys() & theirs.keys():
+            by_seed.setdefault(seed, []).append(ours[seed, order][loss] - theirs[seed, order][loss])
+        variances = [np.var(each, ddof=1) for each in by_seed.values() if len(each) > 1]
+        return float(np.mean(variances) ** 0.5) if variances else None
+
+    def values_for(self, target):
+        """The scored run that has values for it: 'main' or 'others'; None where no arm goes by them."""
+        found = {values for values, score, _ in self.arms if score.startswith(f"{target} ")}
+        return next((values for values in ("main", "others") if values in found), None)
+
+    def row(self, key, *losses):
+        """Cells: the share dropped, the differences of these losses to both references, seeds and orders."""
+        runs = self.arms[key]
+        cells = [cell([100 * np.mean([line["dropped"] for line in runs.values()])], "{:.0f}")]
+        for loss in losses:
+            cells += [cell(list(self.beside(key, other, loss).values()), "{:+.4f}") for other in REFERENCES]
+        seeds = {seed for seed, _ in runs}
+        return [*cells, str(len(seeds)), f"{len(runs) / len(seeds):.3g}"]
+
+    def table(self, keys, names, *losses):
+        head = ["what is dropped", "share, %"]
+        head += [f"{what} beside {other}" for what in names for other in ("control", "random drops")]
+        rows = [[name, *self.row(key, *losses)] for name, key in keys.items() if key in self.arms]
+        return markdown([*head, "seeds", "orders"], rows) if rows else ""
+
+
+def whole_table(arms):
+    """Where the test set is the whole mixture."""
+    names = {"as many at random": ("main", "random", 0.0), "negative": ("main", "sign", 0.0)}
+    names["negative beyond its error"] = "errors", "beyond error", 0.0
+    names |= {"the lowest of every domain": ("main", "within domains", 0.0)}
+    names |= {
+        "the highest quarter": ("main", "highest quarter", 0.0),
+        "negative, of two runs": ("again", "two runs", 0.0),
+    }
+    names |= {"negative by the value model": ("main", "model", 0.0), "its lowest quarter": ("main", "model", 0.25)}
+    return arms.table(names, ["test loss"], "test_loss")
+
+
+def target_table(arms, target):
+    values = arms.values_for(target)
+    says = dict(sign="negative for it", DSIR="DSIR, as many", label="all other domains")
+    says |= dict(both="negative for it and for the mixture", either="negative for it or for the mixture")
+    says["sum"] = "negative for the sum of the two"
+    keys = {"as many as the sign, at random": ("main", "random", 0.0)}
+    keys["negative for the mixture"] = "main", "sign", 0.0
+    keys |= {says[kind]: (values, f"{target} {kind}", 0.0) for kind in KINDS}
+    for n in FEW:
+        for kind, name in (("sign", "negative for"), ("DSIR", "DSIR by")):
+            keys[f"{name} {n} windows of it"] = f"{n} windows", f"{target} {kind}", 0.0
+    return arms.table(keys, [f"loss on {target}", "on the mixture"], f"test_loss_{target}", "test_loss")
+
+
+def share_table(arms, target):
+    """Curves: the effect against the share dropped; of the mixture without a target."""
+    loss = f"test_loss_{target}" if target else "test_loss"
+    kinds = [f"{target} {kind}" for kind in ("sign", "DSIR", "sum")] if target else ["sign", "random"]
+    rows = []
+    for share in SHARES:
+        row = [f"{100 * share:.0f}"]
+        for kind in kinds:
+            for what in [loss, "test_loss"] if target else [loss]:
+                row.append(cell(list(arms.beside(("main", kind, share), "control", what).values()), "{:+.4f}"))
+        rows.append(row)
+    if all(set(row[1:]) == {"–"} for row in rows):
+        return ""
+    head = [f"{kind}: {what}" for kind in kinds for what in ("target", "mixture")] if target else kinds
+    return markdown(["share dropped, %", *head], rows)
+
+
+def figure(arms, targets, path):
+    """Target loss against mixture loss, beside the control; the shares dropped as lines."""
+    _, axes = plt.subplots(1, len(targets), figsize=(4.6 * len(targets), 4.4), squeeze=False)
+    for axis, target in zip(axes[0], targets, strict=True):
+        values = arms.values_for(target)
+        points = {"random": ("main", "random", 0.0), "sign of the mixture": ("main", "sign", 0.0)}
+        points |= {kind: (values, f"{target} {kind}", 0.0) for kind in KINDS}
+        for place, (name, key) in enumerate(points.items()):
+            xy = [list(arms.beside(key, "control", loss).values()) for loss in ("test_loss", f"test_loss_{target}")]
+            if not xy[0]:
+                continue
+            (x, dx), (y, dy) = map(interval, xy)
+            axis.errorbar(x, y, dy or 0, dx or 0, fmt="o", color=f"C{place}", capsize=2, label=name)
+            curve = [[list(arms.beside((values, key[1], share), "control", loss).values()) for share in SHARES]
+                     for loss in ("test_loss", f"test_loss_{target}")]  # fmt: skip
+            if curve[0][0]:
+                line = [[np.mean(each) for each in side if each] for side in curve]
+                axis.plot([0, *line[0]], [0, *line[1]], ".-", color=f"C{place}", lw=1)
+        axis.axhline(0, color="0.8", lw=0.8, zorder=0)
+        axis.axvline(0, color="0.8", lw=0.8, zorder=0)
+        axis.set(title=target, xlabel="test loss on the mixture − control's, nats")
+    axes[0, 0].set_ylabel("test loss on the target − control's, nats")
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    plt.tight_layout()
+    plt.savefig(path, dpi=130)
+    plt.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default=f"{HERE}/filters.jsonl")
+    parser.add_argument("--out", default=HERE, help="the folder of the figure")
+    args = parser.parse_args()
+    for source, (_, targets) in SOURCES.items():
+        arms = Arms(args.results, source)
+        if not arms.arms:
+            continue
+        spread = arms.spread(("main", "sign", 0.0), "control", "test_loss")
+        said = f"{spread:.4f} nats" if spread is not None else "unknown"
+        print(f"## {source}\n\nspread over orders of sign − control, within a seed: {said}\n\n{whole_table(arms)}")
+        shares = share_table(arms, "")
+        print(f"{shares}\n" if shares else "", end="")
+        known = [t for t in targets if arms.values_for(t)]
+        for target in known:
+            print(f"### {target}\n\n{target_table(arms, target)}\n{share_table(arms, target)}")
+        if known:
+            name = "filters.png" if source == next(iter(SOURCES)) else f"filters_{source}.png"
+            figure(arms, known, f"{args.out}/{name}")
+
+
+if __name__ == "__main__":
+    main()
