@@ -39,20 +39,21 @@ class Arms:
                     self.scored.setdefault(run[2], {})[run[1]] = line
 
     def beside(self, key, reference, loss):
-        """{seed: the mean over orders of the difference of `loss` to the reference's}."""
+        """{seed: the differences, one an order, of `loss` to the reference's}; none for the reference itself."""
         ours, theirs = self.arms.get(key, {}), self.arms.get(("main", reference, 0.0), {})
         found = {}
         for seed, order in sorted(ours.keys() & theirs.keys()):
-            found.setdefault(seed, []).append(ours[seed, order][loss] - theirs[seed, order][loss])
-        return {seed: float(np.mean(each)) for seed, each in found.items()}
+            if ours is not theirs:
+                found.setdefault(seed, []).append(ours[seed, order][loss] - theirs[seed, order][loss])
+        return found
+
+    def effects(self, key, reference, loss):
+        """The mean of every seed."""
+        return [float(np.mean(each)) for each in self.beside(key, reference, loss).values()]
 
     def spread(self, key, reference, loss):
         """The standard deviation over orders of that difference, within a seed; None without two orders of one."""
-        ours, theirs = self.arms.get(key, {}), self.arms.get(("main", reference, 0.0), {})
-        by_seed = {}
-        for seed, order in ours.keys() & theirs.keys():
-            by_seed.setdefault(seed, []).append(ours[seed, order][loss] - theirs[seed, order][loss])
-        variances = [np.var(each, ddof=1) for each in by_seed.values() if len(each) > 1]
+        variances = [np.var(each, ddof=1) for each in self.beside(key, reference, loss).values() if len(each) > 1]
         return float(np.mean(variances) ** 0.5) if variances else None
 
     def values_for(self, target):
@@ -65,7 +66,7 @@ class Arms:
         runs = self.arms[key]
         cells = [cell([100 * np.mean([line["dropped"] for line in runs.values()])], "{:.0f}")]
         for loss in losses:
-            cells += [cell(list(self.beside(key, other, loss).values()), "{:+.4f}") for other in REFERENCES]
+            cells += [cell(self.effects(key, other, loss), "{:+.4f}") for other in REFERENCES]
         seeds = {seed for seed, _ in runs}
         return [*cells, str(len(seeds)), f"{len(runs) / len(seeds):.3g}"]
 
@@ -112,7 +113,7 @@ def share_table(arms, target):
         row = [f"{100 * share:.0f}"]
         for kind in kinds:
             for what in [loss, "test_loss"] if target else [loss]:
-                row.append(cell(list(arms.beside(("main", kind, share), "control", what).values()), "{:+.4f}"))
+                row.append(cell(arms.effects(("main", kind, share), "control", what), "{:+.4f}"))
         rows.append(row)
     if all(set(row[1:]) == {"–"} for row in rows):
         return ""
@@ -121,31 +122,51 @@ def share_table(arms, target):
 
 
 def figure(arms, targets, path):
-    """Target loss against mixture loss, beside the control; the shares dropped as lines."""
-    _, axes = plt.subplots(1, len(targets), figsize=(4.6 * len(targets), 4.4), squeeze=False)
-    for axis, target in zip(axes[0], targets, strict=True):
-        values = arms.values_for(target)
-        points = {"random": ("main", "random", 0.0), "sign of the mixture": ("main", "sign", 0.0)}
-        points |= {kind: (values, f"{target} {kind}", 0.0) for kind in KINDS}
-        for place, (name, key) in enumerate(points.items()):
-            xy = [list(arms.beside(key, "control", loss).values()) for loss in ("test_loss", f"test_loss_{target}")]
-            if not xy[0]:
-                continue
-            (x, dx), (y, dy) = map(interval, xy)
-            axis.errorbar(x, y, dy or 0, dx or 0, fmt="o", color=f"C{place}", capsize=2, label=name)
-            curve = [[list(arms.beside((values, key[1], share), "control", loss).values()) for share in SHARES]
-                     for loss in ("test_loss", f"test_loss_{target}")]  # fmt: skip
-            if curve[0][0]:
-                line = [[np.mean(each) for each in side if each] for side in curve]
-                axis.plot([0, *line[0]], [0, *line[1]], ".-", color=f"C{place}", lw=1)
-        axis.axhline(0, color="0.8", lw=0.8, zorder=0)
-        axis.axvline(0, color="0.8", lw=0.8, zorder=0)
-        axis.set(title=target, xlabel="test loss on the mixture − control's, nats")
-    axes[0, 0].set_ylabel("test loss on the target − control's, nats")
-    axes[0, 0].legend(fontsize=8, frameon=False)
-    plt.tight_layout()
+    """The loss on every target against that on the mixture, and the latter against the share dropped."""
+    curves = {name: ("main", name) for name in ("sign", "random") if ("main", name, SHARES[0]) in arms.arms}
+    panels = len(targets) + bool(curves)
+    rows, columns = -(-panels // 3), min(panels, 3)
+    how = dict(figsize=(4.6 * columns, 4.4 * rows), squeeze=False, layout="constrained")
+    axes = plt.subplots(rows, columns, **how)[1].ravel()
+    for axis in axes[panels:]:
+        axis.set_axis_off()
+    for axis, target in zip(axes, targets, strict=False):
+        tradeoff(axis, arms, target)
+    for place, (name, key) in enumerate(curves.items()):
+        shares = [share for share in SHARES if (*key, share) in arms.arms]
+        found = [interval(arms.effects((*key, share), "control", "test_loss")) for share in shares]
+        mean, half = [mean for mean, _ in found], [half or 0 for _, half in found]
+        how = dict(fmt=".-", color=f"C{place}", capsize=2, label=name)
+        axes[len(targets)].errorbar(100 * np.array(shares), mean, half, **how)
+    if curves:
+        axes[len(targets)].axhline(0, color="0.8", lw=0.8, zorder=0)
+        axes[len(targets)].set(title="no target", xlabel="share dropped, %", ylabel="test loss − control's, nats")
+        axes[len(targets)].legend(fontsize=8, frameon=False)
+    axes[0].legend(fontsize=8, frameon=False)
     plt.savefig(path, dpi=130)
     plt.close()
+
+
+def tradeoff(axis, arms, target):
+    """What the filters change on a target and on the mixture: points with intervals, and lines of the shares."""
+    values, losses = arms.values_for(target), ("test_loss", f"test_loss_{target}")
+    points = {"random": ("main", "random", 0.0), "sign of the mixture": ("main", "sign", 0.0)}
+    points |= {kind: (values, f"{target} {kind}", 0.0) for kind in KINDS}
+    for place, (name, key) in enumerate(points.items()):
+        effects = [arms.effects(key, "control", loss) for loss in losses]
+        if not effects[0]:
+            continue
+        (x, dx), (y, dy) = map(interval, effects)
+        axis.errorbar(x, y, dy or 0, dx or 0, fmt="o", color=f"C{place}", capsize=2, label=name)
+        shares = [share for share in SHARES if (*key[:2], share) in arms.arms] if key[1].startswith(target) else []
+        line = [
+            [0, *(np.mean(arms.effects((*key[:2], share), "control", loss)) for share in shares)] for loss in losses
+        ]
+        axis.plot(*line, ".-", color=f"C{place}", lw=1)
+    axis.axhline(0, color="0.8", lw=0.8, zorder=0)
+    axis.axvline(0, color="0.8", lw=0.8, zorder=0)
+    axis.set(title=target, xlabel="test loss on the mixture − control's, nats")
+    axis.set_ylabel("test loss on the target − control's, nats")
 
 
 def main():
