@@ -110,26 +110,30 @@ def saved(run, nats):
     return 1 - first_crossing(run.iters, run.losses, run.losses[-1] + nats) / run.iters[-1]
 
 
-def in_words(found, run, column, share):
-    """The verdict in plain words, and what it holds for."""
+def in_words(found, run, iterations, column, share):
+    """The verdict in plain words, what it means for a retraining, and what it holds for."""
     what = f"dropping the {share:.0%} of the windows that are negative"
     beside = []
     for arm, (mean, bounds) in found["beside"].items():
         half = f" ± {(bounds[1] - bounds[0]) / 2:.4f}" if bounds else ""
-        beside.append(f"{mean:+.4f}{half} nats beside the {arm}{' drops' if arm == 'random' else ''}")
-    measured = f"{', '.join(beside)}; {found['orders']} orders".replace("-", "−")
+        beside.append(f"{mean:+.4f}{half} nats beside {dict(control='the control', random='random drops')[arm]}")
+    measured = f"{', '.join(beside)} ({found['orders']} orders)".replace("-", "−")
+    if found["interval"] is None:
+        more = "One order has no interval: give --orders=4 or more."
+    elif found["orders_needed"]:
+        more = f"About {found['orders_needed']:,} orders would tell: --orders={found['orders_needed']}."
+    else:
+        more = "The two controls differ too much for more orders to tell."
     expected = saved(run, CALIBRATION * max(0.0, -found["effect"]))
-    more = found["orders_needed"]
     says = dict(helps=f"{what} helps: {measured}. Expect a retraining to need about {expected:.0%} fewer iterations.")
-    says["harms"] = f"{what} harms: {measured}. Do not retrain without them."
-    says["no help"] = f"{what} does not help: {measured}. If it saves iterations at all, it is less than {WORTH:.0%}."
-    hint = (
-        f"About {more} orders would tell: --orders={more}" if more else "The controls differ: no more orders would tell"
+    says["harms"] = f"{what} harms: {measured}. Do not train again without them."
+    says["no help"] = (
+        f"{what} does not help: {measured}. It would save less than {WORTH:.0%} of the iterations, if any."
     )
-    hint = hint if found["interval"] else "One order has no interval: give --orders=4 or more"
-    says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {hint}."
-    scope = f"It holds for this checkpoint ({run.folder}, {run.knobs['max_iters']:,} iterations)"
-    return f"{says[found['verdict']]} {scope}, these values ({column or 'the first column'}) and this test set."
+    says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {more}"
+    scope = f"This holds for this checkpoint ({run.folder}, {iterations:,} iterations)"
+    said = f"{says[found['verdict']]} {scope}, these values ({column or 'the first column'}) and this test set."
+    return said[0].upper() + said[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +288,9 @@ def trial(args, run, knobs, checkpoint, ranks):
         found = judge(judged, max(worth, 0.0), LEVEL / len(looks))
         if found["verdict"] != "cannot tell":
             break
-    found |= dict(says=in_words(found, run, args.filter_column, share), figure=f"{args.out}/trial.png")
+    found |= dict(
+        says=in_words(found, run, checkpoint["iter_num"], args.filter_column, share), figure=f"{args.out}/trial.png"
+    )
     if ranks.rank == 0:
         write_trial(found["figure"], judged, found, "test loss" if args.test_set == "all" else args.test_set)
         with atomic_write(path) as file:

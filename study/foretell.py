@@ -32,7 +32,6 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the workers
 
 import torch  # noqa: E402
 
@@ -131,9 +130,6 @@ CONDITIONS = {
     "damaged, share 0.05": Condition(DAMAGED, share=0.05),
     "damaged, share 0.3": Condition(DAMAGED, share=0.3),
     "damaged, small pool": Condition(DAMAGED, pool="third"),
-    "undamaged, unseen pool": Condition(CLEAN, start="unseen"),
-    "undamaged, from 10%": Condition(CLEAN, start="64"),
-    "undamaged, share 0.3": Condition(CLEAN, share=0.3),
 }
 
 
@@ -274,7 +270,7 @@ def run_arm(run):
     how = dict(filtered=dict(filter_negative=True), oracle=dict(filter_negative=True), random=dict(drop_random=dropped))
     knobs = dict(dataset=run.corpus, seed=run.seed + 1000 * run.order, filter_from=f"{folder}/values")
     knobs |= how.get(run.arm, {}) | dict(val_sets=TEST_SETS.get(run.corpus, "all"), max_iters=run.iterations)
-    knobs |= dict(log_interval=10 * ITERATIONS, checkpoint_interval=10 * ITERATIONS, eval_interval=50)
+    knobs |= dict(log_interval=10 * ITERATIONS, checkpoint_interval=10 * ITERATIONS, eval_interval=100)
     if run.start:  # the weights at the end of the trial, and no curve
         weights = scored_folder(run.corpus, run.start if run.start == "unseen" else "average32", run.seed)
         knobs |= TRIAL | dict(init_from=f"{weights}/{run.start}.pt", eval_interval=10 * ITERATIONS)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -69,6 +70,24 @@ def test_the_verdict_goes_by_the_intervals_beside_both_controls(beside_control, 
 def test_one_order_has_no_interval():
     found = trial.judge(dict(control=[2.5], filtered=[2.4]), 0.005, 0.05)
     assert found["verdict"] == "cannot tell" and found["interval"] is None and found["effect"] == pytest.approx(-0.1)
+
+
+def test_the_verdict_in_words_says_what_a_retraining_may_expect():
+    run = types.SimpleNamespace(iters=np.array([0, 50, 100]), losses=np.array([5.0, 2.6, 2.5]), folder="out/scored")
+
+    def words(effect, noise, d=0.005):
+        filtered = (CONTROL + effect + noise * NOISE).tolist()
+        found = trial.judge(dict(control=CONTROL.tolist(), filtered=filtered), d, 0.05)
+        return trial.in_words(found, run, 100, "", 0.4)
+
+    # 4 * 0.005 nats are a fifth of the way from iteration 100 back to 50
+    assert trial.CALIBRATION == 4 and trial.saved(run, 0.02) == pytest.approx(0.1)
+    helps = words(-0.005, 0.1)
+    assert "Dropping the 40% of the windows that are negative helps: −0.0050 ± 0.0001 nats beside the control" in helps
+    assert "about 10% fewer iterations" in helps and "(out/scored, 100 iterations), these values (the first" in helps
+    assert "harms: +0.0050" in words(0.005, 0.1) and "does not help" in words(0.0, 1)
+    needed = trial.judge(dict(control=CONTROL, filtered=CONTROL - 0.001 + NOISE), 0.001, 0.05)["orders_needed"]
+    assert "Cannot tell whether dropping" in (said := words(-0.001, 1, 0.001)) and f"--orders={needed}." in said
 
 
 def test_pairs_are_compared_and_not_heaps():
