@@ -12,23 +12,27 @@ the filter keeps. The arms of one order have one seed, hence the same window whe
 rejects nothing; the random drops reject as many as the sign of the value does. All filters share these two.
 
 Every run is a run of train.py. When it has ended, one JSON line about it joins study/filters.jsonl. A run that has a
-line is not run again, so a study that was interrupted goes on; the scored runs stay in out/filters/ for their arms. The
-plan is in rounds, the most telling first, and a round ends with every seed, so that a part of the plan is a study too.
+line is not run again, so a study that was interrupted goes on; the scored runs stay in out/ for their arms. Runs that
+foretell.py has made are taken from there. The plan is in rounds, the most telling first, and a round ends with every
+seed, so that a part of the plan is a study too.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
+import foretell
 import numpy as np
-from foretell import CLEAN, ITERATIONS, TRIAL, prepare_worker, run_all, run_here, wild_documents
+from foretell import CLEAN, ITERATIONS, TRIAL, prepare_worker, run_all, run_here, scored_folder, wild_documents
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
@@ -36,7 +40,6 @@ sys.path.insert(0, os.path.dirname(HERE))
 import train  # noqa: E402
 from prepare_owt import Knobs, documents_of  # noqa: E402
 from study import (  # noqa: E402
-    CENTRE,
     T,
     beyond_error,
     by_sign,
@@ -67,7 +70,7 @@ class Scored(NamedTuple):
 
     source: str
     seed: int
-    values: str  # 'main': for all and the first two targets; a key of knobs_of
+    values: str  # 'main', of foretell.py, for all and the first two targets; 'others': the other targets; see knobs_of
 
 
 class Arm(NamedTuple):
@@ -92,6 +95,7 @@ def rounds_of(source):
         return [(values, f"{target} {kind}", share) for target in targets for kind in kinds]
 
     whole = main("control", "random", "sign")
+    others_whole = [("others", *arm[1:]) for arm in whole]  # the same, with the losses on the other targets
     target = for_targets(first, "main", "sign", "DSIR", "label", "both", "sum")
     own = main("within domains", "highest quarter", "model") + main("model", share=0.25)
     by_share = [arm for share in SHARES for arm in for_targets(first, "main", "sign", "DSIR", "sum", share=share)]
@@ -101,7 +105,7 @@ def rounds_of(source):
     rounds += shares if source == "wildpile" else shares[::-1]
     if others:
         kinds = "sign", "DSIR", "label", "both", "sum"
-        rounds.append((range(1, 5), ["others"], for_targets(others, "others", *kinds)))
+        rounds.append((range(1, 5), ["others"], others_whole + for_targets(others, "others", *kinds)))
     few = [f"{n} windows" for n in FEW]
     rounds.append((range(1, 5), few, [arm for n in few for arm in for_targets(first, n, "sign", "DSIR")]))
     rounds.append((range(1, 5), [], for_targets(first, "main", "either")))
@@ -111,7 +115,7 @@ def rounds_of(source):
 
 
 def knobs_of(job):
-    """The knobs of a scored run."""
+    """The knobs of a scored run that foretell.py has not."""
     corpus, targets = SOURCES[job.source]
     knobs = dict(dataset=corpus, seed=job.seed, score=True, value_direction="adam", val_average=32)
     if job.values == "again":  # other weights and another order of the same windows
@@ -120,15 +124,20 @@ def knobs_of(job):
         knobs |= dict(val_groups=4)
     elif job.values == "others":
         knobs |= dict(val_sets=",".join(targets[2:]))
-    elif job.values == "main":
-        knobs |= dict(val_sets=",".join(["all", *targets[:2]]))
     else:
         knobs |= dict(val_sets=",".join(targets[:2]), val_windows=int(job.values.split()[0]))
     return knobs
 
 
 def folder_of(job):
-    return f"out/filters/{job.source}_s{job.seed}/{'main again' if job.values == 'again' else job.values}"
+    """A scored run's folder; its scores are in scores_file."""
+    if job.values == "main":
+        return scored_folder(SOURCES[job.source][0], "average32", job.seed)
+    return f"out/filters/{job.source}_s{job.seed}/{job.values}"
+
+
+def scores_file(job):
+    return f"out/filters/{job.source}_s{job.seed}/{job.values}.npz"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,19 +239,20 @@ def scores_of(job):
         return {"beyond error": beyond_error(folder)[1]}, {}
     if job.values == "again":
         own, again = in_deviations(main), in_deviations(folder)
-        with np.load(f"{main}/scores.npz") as scores:
+        with np.load(scores_file(job._replace(values="main"))) as scores:
             model = scores["model"]
         found = dict(agreement=np.corrcoef(own, again)[0, 1], model_foretells=np.corrcoef(model, again)[0, 1])
         return {"two runs": own + again}, found
-    knobs = train.Knobs(**CENTRE | knobs_of(job), out_dir=folder)
+    with open(f"{folder}/config.json", encoding="utf-8") as file:
+        knobs = train.Knobs(**json.load(file)["knobs"])
     where, sets = f"data/{knobs.dataset}", knobs.val_sets.split(",")
     meta, (ids, mixture) = load_meta(where), by_sign(main, "all:adam")
     windows = open_split(where, "train", meta).windows(ids, T)[:, :T]
     domain = window_domains(where, "train", ids, T, meta)
-    scores, found = {}, {}
+    scores, found = {"sign": mixture}, {}
     if "all" in sets:
         model = out_of_fold(bytes_of(windows), in_deviations(folder), document_of(ids, where))
-        scores |= {"sign": mixture, "within domains": within_domain(folder)[1], "model": model}
+        scores |= {"within domains": within_domain(folder)[1], "model": model}
         scores["highest quarter"] = np.quantile(mixture, 0.75) - mixture
         found["model_correlation"] = np.corrcoef(model, in_deviations(folder))[0, 1]
     targets = [name for name in sets if name != "all"]
@@ -266,17 +276,20 @@ def scores_of(job):
 
 
 def run_scored(job):
-    """A scored run; its values, scores.npz and last weights stay in its folder."""
+    """A scored run; its folder, with values and the last weights, and its scores stay."""
     folder, started = folder_of(job), time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
-    knobs = knobs_of(job)
-    losses = run_here(folder, **knobs)
+    if job.values != "main":
+        shutil.rmtree(folder, ignore_errors=True)
+        run_here(folder, **knobs_of(job))
+    elif not os.path.isfile(f"{folder}/{ITERATIONS}.pt"):
+        foretell.run_scored((SOURCES[job.source][0], "average32", job.seed))
     scores, found = scores_of(job)
-    with atomic_write(f"{folder}/scores.npz") as file:
+    os.makedirs(os.path.dirname(scores_file(job)), exist_ok=True)
+    with atomic_write(scores_file(job)) as file:
         np.savez(file, **scores)
     found = {key: float(value) for key, value in found.items()}
     dropped = {name: float((number < 0).mean()) for name, number in scores.items()}
-    return dict(knobs=knobs, dropped=dropped, **found, seconds=time.perf_counter() - started, **losses)
+    return dict(dropped=dropped, **found, seconds=time.perf_counter() - started)
 
 
 def rule_of(arm):
@@ -285,35 +298,68 @@ def rule_of(arm):
     def rule(folder, column):
         sample_id, number = by_sign(folder)
         if arm.score not in ("control", "random"):
-            scored = folder_of(Scored(arm.source, arm.seed, arm.values))
-            with np.load(f"{scored}/scores.npz") as scores:
+            with np.load(scores_file(Scored(arm.source, arm.seed, arm.values))) as scores:
                 number = scores[arm.score]
         return sample_id, number - np.quantile(number, arm.share) if arm.share else number
 
     return rule
 
 
-def run_arm(arm):
-    """The final test losses of an arm, whose scored run has ended; its folder is removed."""
+def same_arm(arm):
+    """The foretell.Run that does the same as this Arm, or None."""
+    corpus, targets = SOURCES[arm.source]
+    same = dict(control=("", "", "control"), random=("average32", "all:adam", "random"))
+    same |= {f"{name} sign": ("average32", f"{name}:adam", "filtered") for name in targets[:2]}
+    same["sign"] = "average32", "all:adam", "filtered"
+    if arm.values != "main" or arm.share or arm.score not in same:
+        return None
+    values, column, name = same[arm.score]
+    return foretell.Run(corpus, values, column, "", name, str(ITERATIONS), ITERATIONS // 10, arm.seed, arm.order)
+
+
+def line_of(known, arm):
+    """The line of the file `known` of foretell.py about this arm, or None."""
+    same = same_arm(arm)
+    if same is None or not os.path.isfile(known):
+        return None
+    with open(known, encoding="utf-8") as file:
+        return next((line for line in map(json.loads, file) if tuple(line["run"]) == same), None)
+
+
+def run_arm(known, arm):
+    """
+    The final test losses of an arm, whose scored run has ended; its folder is removed. They are `taken` from the file
+    `known` of foretell.py where it has the arm.
+    """
+    started, found = time.perf_counter(), line_of(known, arm)
+    taken = found is not None
+    if not taken:
+        found = run_afresh(arm)
+    final = {key: series[-1] for key, series in found.items() if key.startswith("test_loss")}
+    return dict(dropped=found["dropped"], taken=taken, seconds=time.perf_counter() - started, **final)
+
+
+def run_afresh(arm):
+    """The arm's test losses, {name: list}, and the share `dropped`."""
     (corpus, targets), main = SOURCES[arm.source], folder_of(Scored(arm.source, arm.seed, "main"))
-    folder, started = f"{os.path.dirname(main)}/arm {' '.join(map(str, arm))}", time.perf_counter()
+    folder = f"out/filters/{arm.source}_s{arm.seed}/arm {' '.join(map(str, arm))}"
     shutil.rmtree(folder, ignore_errors=True)
     dropped = derive(main, f"{folder}/values", rule_of(arm), "")
     how = dict(control={}, random=dict(drop_random=dropped)).get(arm.score, dict(filter_negative=True))
     knobs = TRIAL | how | dict(dataset=corpus, seed=arm.seed + 1000 * arm.order, filter_from=f"{folder}/values")
-    knobs |= dict(init_from=f"{main}/ckpt.pt", max_iters=ITERATIONS // 10, val_sets=",".join(["all", *targets]))
+    knobs |= dict(init_from=f"{main}/{ITERATIONS}.pt", max_iters=ITERATIONS // 10)
+    knobs |= dict(val_sets=",".join(["all", *(targets[2:] if arm.values == "others" else targets[:2])]))
     knobs |= dict(log_interval=10 * ITERATIONS, checkpoint_interval=10 * ITERATIONS, eval_interval=10 * ITERATIONS)
     losses = run_here(f"{folder}/run", **knobs)
     shutil.rmtree(folder)
-    final = {key: series[-1] for key, series in losses.items()}
-    return dict(dropped=0.0 if arm.score == "control" else dropped, seconds=time.perf_counter() - started, **final)
+    return dict(dropped=0.0 if arm.score == "control" else dropped, **losses)
 
 
 def losses_at_the_end(evaluation):
     """train.py's test_losses without the first of an arm, which costs a quarter of it: all arms begin alike."""
 
     def test_losses(net, windows, iter_num, folder, knobs, *how):
-        if iter_num == 0 and knobs.init_from.endswith("ckpt.pt"):
+        if iter_num == 0 and knobs.init_from.endswith(".pt"):
             return {"iter": 0}, "not evaluated"
         return evaluation(net, windows, iter_num, folder, knobs, *how)
 
@@ -333,6 +379,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=100, help="no more than so many rounds of the plan")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--results", default=f"{HERE}/filters.jsonl")
+    parser.add_argument("--known", default=f"{HERE}/foretell.jsonl", help="the lines of foretell.py")
     args = parser.parse_args()
 
     source = os.path.splitext(os.path.basename(args.source))[0]
@@ -348,7 +395,7 @@ def main():
                 for seed in seeds:
                     run_all(pool, run_scored, [Scored(source, seed, each) for each in values], args.results)
                     runs = [Arm(source, seed, order, *arm) for order in orders for arm in arms]
-                    run_all(pool, run_arm, runs, args.results)
+                    run_all(pool, partial(run_arm, args.known), runs, args.results)
         except BaseException:  # one run has failed: begin no other
             pool.shutdown(wait=False, cancel_futures=True)
             raise

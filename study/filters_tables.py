@@ -40,7 +40,8 @@ class Arms:
 
     def beside(self, key, reference, loss):
         """{seed: the differences, one an order, of `loss` to the reference's}; none for the reference itself."""
-        ours, theirs = self.arms.get(key, {}), self.arms.get(("main", reference, 0.0), {})
+        values = "others" if key[0] == "others" else "main"
+        ours, theirs = self.arms.get(key, {}), self.arms.get((values, reference, 0.0), {})
         found = {}
         for seed, order in sorted(ours.keys() & theirs.keys()):
             if ours is not theirs:
@@ -95,8 +96,7 @@ def target_table(arms, target):
     says = dict(sign="negative for it", DSIR="DSIR, as many", label="all other domains")
     says |= dict(both="negative for it and for the mixture", either="negative for it or for the mixture")
     says["sum"] = "negative for the sum of the two"
-    keys = {"as many as the sign, at random": ("main", "random", 0.0)}
-    keys["negative for the mixture"] = "main", "sign", 0.0
+    keys = {"at random": (values, "random", 0.0), "negative for the mixture": (values, "sign", 0.0)}
     keys |= {says[kind]: (values, f"{target} {kind}", 0.0) for kind in KINDS}
     for n in FEW:
         for kind, name in (("sign", "negative for"), ("DSIR", "DSIR by")):
@@ -150,7 +150,7 @@ def figure(arms, targets, path):
 def tradeoff(axis, arms, target):
     """What the filters change on a target and on the mixture: points with intervals, and lines of the shares."""
     values, losses = arms.values_for(target), ("test_loss", f"test_loss_{target}")
-    points = {"random": ("main", "random", 0.0), "sign of the mixture": ("main", "sign", 0.0)}
+    points = {"random": (values, "random", 0.0), "sign of the mixture": (values, "sign", 0.0)}
     points |= {kind: (values, f"{target} {kind}", 0.0) for kind in KINDS}
     for place, (name, key) in enumerate(points.items()):
         effects = [arms.effects(key, "control", loss) for loss in losses]
