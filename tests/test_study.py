@@ -17,6 +17,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, f"{ROOT}/study")
 
 import fidelity  # noqa: E402
+import filters  # noqa: E402
+import filters_tables  # noqa: E402
+import foretell  # noqa: E402
 import tables  # noqa: E402
 
 import prepare_owt  # noqa: E402
@@ -27,12 +30,21 @@ MAINS = {"prepare_owt.py": prepare_owt.main, "train.py": train.main}
 
 
 class AtOnce(nullcontext):
-    """In the place of the pool of threads: what is submitted runs at once, in this thread."""
+    """In the place of a pool of threads or processes: what is submitted runs at once, in this thread."""
+
+    def __init__(self, *_):
+        super().__init__()
 
     def submit(self, function, *args):
         future = Future()
         future.set_result(function(*args))
         return future
+
+    def map(self, function, runs):
+        return map(function, runs)
+
+    def shutdown(self, **_):
+        pass
 
     def __enter__(self):
         return self
@@ -220,3 +232,143 @@ def test_fidelity_agrees_with_itself_on_a_small_step(tmp_path, monkeypatch, in_t
             continue
         own = "adam, order 2" if optimizer == "adamw" else "sgd, order 2"
         assert line[f"a: {own}"][0] > 0.999 and line[f"a: {own}"][1] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# filters.py.
+
+
+def test_dsir_weighs_a_window_by_the_words_and_pairs_of_words_that_it_has(monkeypatch):
+    raw, wanted = ["The cat, sat.", "dogs bark", "a cat\x00 a cat"], ["the cat barks", "cat"]
+
+    def windows(texts):
+        rows = [list(text.encode().ljust(16)) for text in texts]
+        rows[0][-1] = 256  # the end of a document
+        return np.array(rows)
+
+    def grams(text):
+        words = "".join(f" {c} " if c in ",.\x00" else c for c in text.lower()).split(" ")
+        words = [word for word in words if word]
+        return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+
+    bags = [[gram for text in texts for gram in grams(text)] for texts in (raw, wanted)]
+    oracle = []
+    for text in raw:
+        total = 0.0
+        for gram in grams(text):
+            p, q = (bag.count(gram) / len(bag) for bag in bags[::-1])
+            total += np.log(p + 1e-8) - np.log(q + 1e-8)
+        oracle.append(total)
+    assert len({gram: filters.words_of(windows([gram]))[0][0] for gram in {*bags[0], *bags[1]}}) > 8  # no collision
+    np.testing.assert_allclose(filters.importance(*map(filters.words_of, map(windows, (raw, wanted)))), oracle)
+
+
+def test_the_value_model_is_a_ridge_regression_that_has_not_seen_the_document(monkeypatch):
+    monkeypatch.setattr(filters, "MODEL_BUCKETS", 64)
+    rng = np.random.default_rng(0)
+    windows, document = rng.integers(0, 5, size=(60, 8)), np.arange(60) // 4
+    features, y = filters.bytes_of(windows), rng.normal(size=60)
+    counts = np.array([np.bincount(row, minlength=64) for row in features], float)
+    oracle = np.linalg.solve(counts.T @ counts + 30 * np.eye(64), counts.T @ y)
+    np.testing.assert_allclose(filters.ridge(features, y, 30.0, 200), oracle, rtol=1e-6, atol=1e-9)
+    assert features.shape == (60, 8 + 7 + 6 + 5)
+    alike = np.array([[1, 2, 3, 4, 1, 2, 3, 4]])  # the same n-grams twice
+    assert sorted(filters.bytes_of(alike)[0, :4]) == sorted(filters.bytes_of(alike)[0, 4:8])
+
+    predicted = filters.out_of_fold(features, y, document)
+    other = np.where(document == 3, y + 100, y)  # its own values do not matter to a document
+    again = filters.out_of_fold(features, other, document)
+    np.testing.assert_allclose(predicted[document == 3], again[document == 3])
+    assert not np.allclose(predicted, again)
+
+
+@pytest.fixture
+def small_filters(small, monkeypatch):
+    monkeypatch.setattr(study, "CENTRE", study.CENTRE | dict(max_iters=20, learning_rate=3e-2))
+    monkeypatch.setattr(foretell, "CENTRE", study.CENTRE)
+    monkeypatch.setattr(foretell, "CHECKPOINTS", (20,))
+    monkeypatch.setattr(foretell, "ITERATIONS", 20)
+    monkeypatch.setattr(foretell, "TEST_SETS", dict(tiny_clean="all,one,two"))
+    monkeypatch.setattr(filters, "ITERATIONS", 20)
+    monkeypatch.setattr(foretell, "TRIAL", filters.TRIAL | dict(warmup_iters=1))
+    monkeypatch.setattr(filters, "TRIAL", foretell.TRIAL)
+    monkeypatch.setattr(filters, "SOURCES", {"tiny": ("tiny_clean", ("one", "two", "three"))})
+    monkeypatch.setattr(filters_tables, "SOURCES", filters.SOURCES)
+    monkeypatch.setattr(filters, "FEW", (16,))
+    monkeypatch.setattr(filters_tables, "FEW", (16,))
+    monkeypatch.setattr(filters, "SHARES", (0.3,))
+    monkeypatch.setattr(filters_tables, "SHARES", (0.3,))
+    monkeypatch.setattr(filters, "ProcessPoolExecutor", AtOnce)
+    # every scored run and an arm of each kind, once
+    kinds = ("control", "random", "sign", "highest quarter", "model", "one DSIR", "three both", "beyond error")
+    plan = [
+        (range(1, 2), values, [arm for arm in arms if arm[1] in kinds and arm[2] != 0.25])
+        for _, values, arms in filters.rounds_of("tiny")
+    ]
+    monkeypatch.setattr(filters, "rounds_of", lambda source: plan)
+
+
+def run_filters(monkeypatch):
+    flags = ["--source=tiny.jsonl", "--seeds=1", "--results=filters.jsonl", "--known=foretell.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["filters.py", *flags])
+    filters.main()
+    with open("filters.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_the_arms_of_the_filters_and_their_tables(small_filters, monkeypatch, capsys):
+    evaluation = train.test_losses
+    monkeypatch.setattr(train, "test_losses", filters.losses_at_the_end(evaluation))
+    lines = run_filters(monkeypatch)
+    scored = {line["run"][2]: line for line in lines if len(line["run"]) == 3}
+    arms = {tuple(line["run"][3:]): line for line in lines if len(line["run"]) == 6}
+    assert set(scored) == {"main", "others", "16 windows", "errors", "again"}
+    with np.load("out/filters/tiny_s1/main.npz") as scores:
+        value, one = scores["sign"], scores["one sign"]
+        share = {name: (scores[name] < 0).mean() for name in scores}
+        np.testing.assert_array_equal(scores["one both"] < 0, (value < 0) & (one < 0))
+        np.testing.assert_array_equal(scores["one either"] < 0, (value < 0) | (one < 0))
+        np.testing.assert_array_equal(scores["one sum"] < 0, value + one < 0)
+        assert value[scores["highest quarter"] < 0].min() > value[scores["highest quarter"] >= 0].max()
+    assert all(0 < share[name] < 1 for name in ("sign", "one sign", "one both"))
+    assert share["highest quarter"] == pytest.approx(0.25, abs=0.03)
+    assert share["one DSIR"] == pytest.approx(share["one sign"], abs=0.02)
+    for (values, score, lowest), line in arms.items():
+        if score not in ("control", "random") and values == "main":
+            assert line["dropped"] == pytest.approx(lowest or share[score], abs=0.02)
+        assert {f"test_loss_{target}" for target in (["three"] if values == "others" else ["one", "two"])} < set(line)
+    assert arms["main", "control", 0.0]["dropped"] == 0
+    assert arms["main", "random", 0.0]["dropped"] == arms["main", "sign", 0.0]["dropped"]
+
+    # an arm with its first evaluation ends as without it
+    monkeypatch.setattr(train, "test_losses", evaluation)
+    again = filters.run_arm("foretell.jsonl", filters.Arm("tiny", 1, 1, "main", "one DSIR", 0.0))
+    assert again.pop("seconds") > 0 and again == {key: arms["main", "one DSIR", 0.0][key] for key in again}
+
+    # an arm of foretell.py is the same, and is taken from there
+    for score in ("random", "sign"):
+        arm = filters.Arm("tiny", 1, 1, "main", score, 0.0)
+        theirs, found = filters.same_arm(arm), arms["main", score, 0.0]
+        line = foretell.run_arm(theirs)
+        assert {key: line[key][-1] for key in found if key.startswith("test_loss")}.items() <= found.items()
+        with open("foretell.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(run=theirs, **line)) + "\n")
+        again = filters.run_arm("foretell.jsonl", arm)
+        assert again.pop("taken") and again.pop("seconds") > 0 and again.items() <= found.items()
+
+    before = len(lines)
+    monkeypatch.setattr(filters, "run_here", None)  # nothing is run twice
+    assert len(run_filters(monkeypatch)) == before
+    monkeypatch.setattr(sys, "argv", ["filters_tables.py", "--results=filters.jsonl", "--out=."])
+    filters_tables.main()
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("| negative |"))
+    gap = arms["main", "sign", 0.0]["test_loss"] - arms["main", "control", 0.0]["test_loss"]
+    assert f"{gap:+.4f}".replace("-", "−") in row and os.path.isfile("filters.png")
+    assert "| negative beyond its error |" in printed and "| DSIR, as many |" in printed
+
+
+def test_the_filters_need_a_source_that_they_know(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["filters.py", "--source=other.parquet"])
+    with pytest.raises(study.UserError, match="other.parquet.*minipile, wildpile"):
+        filters.main()
