@@ -130,7 +130,7 @@ def in_words(found, run, scope, share):
         more = "Not even 1,000 orders would tell."
     expected = saved(run, CALIBRATION * max(0.0, -found["effect"]))
     says = dict(helps=f"{what} helps: {measured}. Expect a retraining to need about {expected:.0%} fewer iterations.")
-    says["harms"] = f"{what} harms: {measured}. Do not train again without them."
+    says["harms"] = f"{what} harms: {measured}. A retraining may still gain (study/foretell.md, 3)."
     says["no help"] = (
         f"{what} does not help: {measured}. It would save less than {WORTH:.0%} of the iterations, if any."
     )

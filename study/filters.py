@@ -358,10 +358,10 @@ def run_afresh(arm):
 def losses_at_the_end(evaluation):
     """train.py's test_losses without the first of an arm, which costs a quarter of it: all arms begin alike."""
 
-    def test_losses(net, windows, iter_num, folder, knobs, *how):
-        if iter_num == 0 and knobs.init_from.endswith(".pt"):
+    def test_losses(net, windows, iter_num, folder):
+        if iter_num == 0 and folder.knobs.init_from.endswith(".pt"):
             return {"iter": 0}, "not evaluated"
-        return evaluation(net, windows, iter_num, folder, knobs, *how)
+        return evaluation(net, windows, iter_num, folder)
 
     return test_losses
 
