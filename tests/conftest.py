@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     parser.addoption("--until", type=float, default=math.inf, help="seconds since 1970: then no test is begun any more")
 
 
-LONG = {f"test_{name}.py" for name in ("bench", "compile", "docs", "gpu", "processes", "run_folder")}
+LONG = {f"test_{name}.py" for name in ("bench", "compile", "docs", "gpu", "processes", "run_folder", "trial")}
 
 
 @pytest.hookimpl(tryfirst=True)
