@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from report import first_crossing, read_run
-from support.configurator import check, configure
+from support.configurator import check, configure, split_names
 from support.figures import write_trial
 from support.files import atomic_write, load_torch, reading
 from support.processes import Ranks, keep_freed_memory, processes, without_traceback
@@ -293,11 +293,11 @@ def trial(args, run, knobs, checkpoint, ranks):
             theirs, _ = record["settings"], record["losses"]
         other = ", ".join(f"{key} {theirs.get(key)}" for key in settings if theirs.get(key) != settings[key])
         check(not other, f"{args.out}: holds another trial, with {other}; give this one another --out, or remove it")
-    losses = record["losses"]
+    record["settings"], losses = settings, record["losses"]
 
     ranks.barrier()  # all have seen what was there
     if ranks.rank == 0:
-        write_record(path, record | dict(settings=settings))
+        write_record(path, record)
     margin = float(np.interp((1 - WORTH) * run.iters[-1], run.iters, run.losses) - run.losses[-1]) / CALIBRATION
     looks = LOOKS if args.orders == "auto" else [int(args.orders)]
     for look in looks:
@@ -308,7 +308,7 @@ def trial(args, run, knobs, checkpoint, ranks):
             if ranks.rank == 0:
                 folder = todo[order, arm].out_dir
                 losses.setdefault(arm, {})[order] = float(read_run(folder, args.test_set).losses[-1])
-                write_record(path, record | dict(settings=settings, losses=losses))
+                write_record(path, record)
                 os.remove(f"{folder}/ckpt.pt")
                 print(f"order {order}, {arm}: {losses[arm][order]:.4f}", file=sys.stderr)
         losses = ranks.broadcast(losses, knobs.device)
@@ -316,9 +316,8 @@ def trial(args, run, knobs, checkpoint, ranks):
         found = judge(judged, max(margin, 0.0), LEVEL / len(looks))
         if found["verdict"] != "cannot tell":
             break
-    column = args.filter_column or "{}:{}".format(
-        *(run.knobs[key].split(",")[0] for key in ("val_sets", "value_direction"))
-    )
+    first = split_names(run.knobs["val_sets"])[0], run.knobs["value_direction"].split(",")[0]
+    column = args.filter_column or ":".join(first)
     scope = f"this checkpoint ({args.run}, {checkpoint['iter_num']:,} iterations), these values ({column})"
     loss = "test loss" if args.test_set == "all" else f"test loss on {args.test_set}"
     found |= dict(says=in_words(found, run, f"{scope} and this {loss}", share), figure=f"{args.out}/trial.png")
