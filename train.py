@@ -392,6 +392,7 @@ def print_values(folder, knobs):
     if not knobs.val_average:  # with it some 40% are negative, although its values agree better
         advice = "; values agree better from run to run with --val_average=32" if knobs.value_order == 1 else ""
         print(f"that share tells how noisy the direction was (README.md, 'Why 34% and not 16%'){advice}")
+    print(f"python trial.py {knobs.out_dir} tells whether dropping them pays")
 
 
 def main():

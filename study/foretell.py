@@ -162,18 +162,21 @@ def run_of(condition, arm, seed, order, trial):
     return Run(condition.corpus, values, column, condition.pool, arm, start, iterations, seed, order)
 
 
-def plan(first_seed, seeds, rounds):
-    """Lists of [scored runs, Runs], by worth; `rounds` are (orders of the trials, orders of retraining) so far."""
+def plan(conditions, first_seed, seeds, rounds):
+    """
+    Lists of [scored runs, Runs] of Conditions, by worth; `rounds` are (orders of the trials, orders of retraining) so
+    far.
+    """
     before = (0, 0)
     for orders in rounds:
         for seed in range(first_seed, first_seed + seeds):
-            scored = [(c.corpus, c.values, seed) for c in CONDITIONS.values()]
-            scored += [(c.corpus, "unseen", seed) for c in CONDITIONS.values() if c.start == "unseen"]
+            scored = [(c.corpus, c.values, seed) for c in conditions]
+            scored += [(c.corpus, "unseen", seed) for c in conditions if c.start == "unseen"]
             runs = [
                 run_of(condition, arm, seed, order, trial)
                 for trial in (True, False)
                 for order in range(before[1 - trial] + 1, orders[1 - trial] + 1)
-                for condition in CONDITIONS.values()
+                for condition in conditions
                 for arm in arms_of(condition)
             ]
             yield list(dict.fromkeys(scored)), list(dict.fromkeys(runs))
@@ -300,6 +303,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minipile", required=True, help="a file of texts with their domains")
     parser.add_argument("--wildpile", required=True, help="a large one, as found")
+    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS, metavar="NAME")
     parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", default="4:2,8:4,8:6", help="orders of the trials:of retraining, so far, by round")
@@ -311,7 +315,7 @@ def main():
     rounds = [tuple(map(int, orders.split(":"))) for orders in args.rounds.split(",")]
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_worker) as pool:
         try:
-            for scored, runs in plan(args.first_seed, args.seeds, rounds):
+            for scored, runs in plan([CONDITIONS[name] for name in args.conditions], args.first_seed, args.seeds, rounds):
                 run_all(pool, run_scored, [job for job in scored if job[1] != "unseen"], args.results)
                 run_all(pool, run_unseen, [job for job in scored if job[1] == "unseen"], args.results)
                 run_all(pool, run_arm, runs, args.results)
