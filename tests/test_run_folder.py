@@ -37,18 +37,23 @@ SCORED = f"{TINY} --score=True --val_batch_size=3 --value_direction=adam"
 FORKS = multiprocessing.get_context("forkserver")
 
 
+def start_forks():
+    """Start the process from which others are forked: it imports what takes them seconds, once for all tests."""
+    FORKS.set_forkserver_preload(["train", "report", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patch:  # no working folder of a test has these modules
+        patch.setenv("PYTHONPATH", ROOT)
+        ensure_running()
+
+
 class Script:
     """
     train.py as a process of its own, after the Python statements `before`; what the tests use of subprocess.Popen. It
-    is forked from a process that has imported train.py already, because that takes seconds. When it ends, it leaves by
-    os._exit, and an exception, Ctrl-C's too, gives status 1.
+    is forked from a process that has imported train.py already. When it ends, it leaves by os._exit, and an exception,
+    Ctrl-C's too, gives status 1.
     """
 
     def __init__(self, flags, before="pass", **environment):
-        FORKS.set_forkserver_preload(["train", "torch._dynamo"])
-        with pytest.MonkeyPatch.context() as patch:  # the environment of the first process, from which all are forked
-            patch.setenv("PYTHONPATH", ROOT)
-            ensure_running()
+        start_forks()
         self.folder = tempfile.mkdtemp()
         pipes = [f"{self.folder}/{name}" for name in ("stdout", "stderr")]
         for pipe in pipes:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_processes import torchrun
+from test_run_folder import start_forks
 from test_train import TINY, baseline, call, corpus, home, metrics  # noqa: F401 (fixtures)
 
 import prepare_owt
@@ -169,6 +170,7 @@ def scored(home, baseline):  # noqa: F811
 
 def run_trial(flags=""):
     """The result of `trial.py out/scored <flags> --json`."""
+    start_forks()
     trial.main(f"out/scored --share=1 --json {flags}".split())
     return read_json("out/scored/trial/trial.json")
 
