@@ -20,22 +20,21 @@ def pytest_addoption(parser):
     parser.addoption("--until", type=float, default=math.inf, help="seconds since 1970: then no test is begun any more")
 
 
-LONG = [f"test_{name}.py" for name in "gpu compile processes run_folder docs bench trial kernels budget".split()]
-SHARING = LONG[LONG.index("test_trial.py") :]
+LONG = ["gpu", "compile", "processes", "run_folder", "docs", "bench"]  # files whose tests are long one by one,
+LONG_TOGETHER = ["trial", "kernels", "budget"]  # and in sum
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """
-    For make test's two processes: long files come first, so that nothing long is left for the end, and their tests are
-    handed out one by one. The tests of another file, or of a long one in SHARING, are a group that one of the processes
-    runs, because they share what takes time to make.
+    For make test's two processes: the tests of long files come first, one by one, so that none is left for the end; the
+    tests of another file are a group that one of the processes runs, because they share what takes time to make.
     """
-    items.sort(key=lambda item: [*LONG, item.path.name].index(item.path.name))
+    order = [f"test_{name}.py" for name in LONG + LONG_TOGETHER]
+    items.sort(key=lambda item: [*order, item.path.name].index(item.path.name))
     for item in items:
-        name = item.path.name
-        if config.pluginmanager.hasplugin("xdist") and (name in SHARING or name not in LONG):
-            item.add_marker(pytest.mark.xdist_group(name))
+        if config.pluginmanager.hasplugin("xdist") and item.path.name not in order[: len(LONG)]:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_runtest_setup(item):
