@@ -109,11 +109,18 @@ def test_adamw_and_its_direction_on_two_processes(home, directions):  # noqa: F8
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-@pytest.mark.parametrize("n_embd", [16, pytest.param(768, marks=pytest.mark.slow)])  # 768: two DDP buckets
-def test_compiled_on_two_processes(home, n_embd):  # noqa: F811
-    """The shapes of a rank are those of test_compile.py's runs, whose kernels torch.compile then finds in its cache."""
-    flags = TINY.replace("--n_embd=16 ", f"--n_embd={n_embd} ") + " --score=True --bias=False --val_groups=2"
-    flags += " --value_direction=sgd,adam --val_batch_size=8 --gradient_accumulation_steps=2"
+@pytest.mark.parametrize(
+    "flags",
+    [
+        # the shapes of test_compile.py's runs, whose kernels torch.compile then has in its cache
+        f"{TINY} --score=True --bias=False --value_direction=sgd,adam --val_batch_size=8 --val_groups=2 "
+        "--gradient_accumulation_steps=2",
+        pytest.param(FLAGS.replace("--n_embd=16 ", "--n_embd=768 "), marks=pytest.mark.slow),  # two DDP buckets
+    ],
+    ids=["16", "768"],
+)
+def test_compiled_on_two_processes(home, flags):  # noqa: F811
+    flags = flags.replace("--dropout=0.1", "")
     call(train.main, f"{flags} --out_dir=out/one")
     run_ranks(2, f"{flags} --compile=True --process_timeout=300 --out_dir=out/two")
     same_run("out/two", "out/one", exact=False)
