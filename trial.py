@@ -201,8 +201,8 @@ def finish(todo, ranks, jobs):
             run_arm(knobs, ranks)
             yield name
         return
-    context = get_context("forkserver")  # whose processes begin with torch imported
-    context.set_forkserver_preload(["torch", "train", "report"])
+    context = get_context("forkserver")  # whose processes begin with what they need imported
+    context.set_forkserver_preload(["train", "report", "torch._dynamo"])
     waiting, running = list(todo), {}
     try:
         while waiting or running:

@@ -20,7 +20,8 @@ def pytest_addoption(parser):
     parser.addoption("--until", type=float, default=math.inf, help="seconds since 1970: then no test is begun any more")
 
 
-LONG = {f"test_{name}.py" for name in ("bench", "compile", "docs", "gpu", "processes", "run_folder", "trial")}
+LONG = ["gpu", "compile", "processes", "run_folder", "docs", "bench"]  # files whose tests are long one by one,
+LONG_TOGETHER = ["trial", "kernels", "budget"]  # and in sum
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -29,9 +30,10 @@ def pytest_collection_modifyitems(config, items):
     For make test's two processes: the tests of long files come first, one by one, so that none is left for the end; the
     tests of another file are a group that one of the processes runs, because they share what takes time to make.
     """
-    items.sort(key=lambda item: item.path.name not in LONG)
+    order = [f"test_{name}.py" for name in LONG + LONG_TOGETHER]
+    items.sort(key=lambda item: [*order, item.path.name].index(item.path.name))
     for item in items:
-        if config.pluginmanager.hasplugin("xdist") and item.path.name not in LONG:
+        if config.pluginmanager.hasplugin("xdist") and item.path.name not in order[: len(LONG)]:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_processes import run_ranks
+from test_run_folder import start_forks
 from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 from test_trial import make_some_negative
 
@@ -70,6 +71,7 @@ def run(command):
         call(prepare_owt.main, f"{flags} --tokenizer=bytes")  # GPT-2's tokens may have to be downloaded
     elif words[:2] == ["python", "trial.py"]:
         make_some_negative(words[2])
+        start_forks()
         call(trial.main, f"{flags} --share=1 --orders=1 --arms=control,filtered")
     elif words[:2] == ["python", "report.py"]:
         call(report.main, flags)

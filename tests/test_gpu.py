@@ -70,7 +70,7 @@ def test_a_scored_step_is_that_of_the_cpu_in_float32(monkeypatch, tmp_path, devi
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(home, monkeypatch, device):  # noqa: F811
-    flags = f"{SCORED} --checkpoint_interval=2 --max_iters=60 --learning_rate=1e-3 --device={device}"
+    flags = f"{SCORED} --checkpoint_interval=2 --max_iters=30 --learning_rate=1e-3 --device={device}"
     monkeypatch.setattr(kernels, "candidates", lambda *_: [kernels.PLAIN])  # nothing has to be compiled
     plain = "from support import kernels as k; k.candidates = lambda *_, plain=k.PLAIN: [plain]"
     run = Script(f"{flags} --out_dir=out/killed", plain)

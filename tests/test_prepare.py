@@ -514,6 +514,8 @@ def test_a_text_too_small_for_three_splits_is_refused_with_the_way_to_mend_it(tm
     for more in ([], ["--max_tokens=1000"]):
         with pytest.raises(SystemExit, match="a.txt: too little text, no document fell into val; take more text, or"):
             prepare(monkeypatch, *flags, *more)
+    library = sources.python_documents()  # read once
+    monkeypatch.setattr(sources, "python_documents", lambda: library)
     for most in range(1, 6):
         with pytest.raises(SystemExit, match="no document fell into .*; raise --max_tokens"):
             prepare(monkeypatch, "--source=python", "--name=a", *flags[1:], f"--max_tokens={most}")

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_run_folder import Script, resume, same_run
+from test_run_folder import Script, same_run
 from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import train
@@ -26,14 +26,18 @@ PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def python(arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, *arguments.split()], **PIPES, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    # a shell switches Ctrl-C off for what it runs in the background, and a process inherits that
+    switched_off = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen([sys.executable, *arguments.split()], **PIPES, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, switched_off)
 
 
-def torchrun(launch, flags, script="train.py"):
+def torchrun(launch, flags):
     """The command itself. Each of its processes takes seconds to import what it needs."""
-    return python(f"-m torch.distributed.run {launch} {ROOT}/{script} {flags}")
+    return python(f"-m torch.distributed.run {launch} {ROOT}/train.py {flags}")
 
 
 def afresh(flags, **environment):
@@ -41,9 +45,9 @@ def afresh(flags, **environment):
     return python(f"{ROOT}/train.py {flags}", **environment)
 
 
-def forked(flags, **environment):
+def forked(flags, script="train", **environment):
     """A rank that starts at once."""
-    return Script(flags, "import torch; torch.set_num_threads(1)", **environment)
+    return Script(flags, "import torch; torch.set_num_threads(1)", script, **environment)
 
 
 def free_port():
@@ -58,9 +62,9 @@ def start_ranks(n, flags, start=forked):
     return [start(flags, **address, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(n)]
 
 
-def run_ranks(n, flags):
+def run_ranks(n, flags, start=forked):
     """Start them and wait for their ends."""
-    ranks = start_ranks(n, flags)
+    ranks = start_ranks(n, flags, start)
     said = [rank.communicate() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * n, said
 
@@ -105,9 +109,18 @@ def test_adamw_and_its_direction_on_two_processes(home, directions):  # noqa: F8
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-@pytest.mark.parametrize("n_embd", [16, pytest.param(768, marks=pytest.mark.slow)])  # 768: two DDP buckets
-def test_compiled_on_two_processes(home, n_embd):  # noqa: F811
-    flags = FLAGS.replace("--n_embd=16 ", f"--n_embd={n_embd} ").replace("--dropout=0.1", "")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        # the shapes of test_compile.py's runs, whose kernels torch.compile then has in its cache
+        f"{TINY} --score=True --bias=False --value_direction=sgd,adam --val_batch_size=8 --val_groups=2 "
+        "--gradient_accumulation_steps=2",
+        pytest.param(FLAGS.replace("--n_embd=16 ", "--n_embd=768 "), marks=pytest.mark.slow),  # two DDP buckets
+    ],
+    ids=["16", "768"],
+)
+def test_compiled_on_two_processes(home, flags):  # noqa: F811
+    flags = flags.replace("--dropout=0.1", "")
     call(train.main, f"{flags} --out_dir=out/one")
     run_ranks(2, f"{flags} --compile=True --process_timeout=300 --out_dir=out/two")
     same_run("out/two", "out/one", exact=False)
@@ -116,6 +129,7 @@ def test_compiled_on_two_processes(home, n_embd):  # noqa: F811
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_model_of_two_ddp_buckets_scored_then_filtered(home, n):  # noqa: F811
     flags = FLAGS.replace("--n_embd=16 ", "--n_embd=768 ").replace("--dropout=0.1", "--max_iters=4")
+    flags += " --checkpoint_interval=4"
     call(train.main, f"{flags} --out_dir=out/base")
     model = torch.load("out/base/ckpt.pt", weights_only=True)["model"]
     assert sum(p.numel() for p in model.values()) * 4 > 2**20 + 25 * 2**20  # DDP's first bucket, and its others
@@ -128,20 +142,24 @@ def test_a_model_of_two_ddp_buckets_scored_then_filtered(home, n):  # noqa: F811
     same_run(f"out/{n}", "out/1", exact=False)
 
 
-def test_killed_on_two_processes_and_resumed_on_four_and_on_one(home):  # noqa: F811
-    flags = f"{FLAGS} --max_iters=60"
-    ranks = start_ranks(2, f"{flags} --out_dir=out/x")
+def test_killed_on_four_processes_and_resumed_on_two_and_on_one(home):  # noqa: F811
+    flags = f"{FLAGS} --eval_iters=3 --lr_decay_iters=60"
+    ranks = start_ranks(4, f"{flags} --max_iters=100000 --out_dir=out/x")
     wait_for("out/x/dot_prod/dot_prod_log_iter_6.pt")
     for rank in ranks:
         rank.kill()
         rank.wait()
-    assert not os.path.exists("out/x/values.npz")
-    run = torchrun("--standalone --nproc_per_node=4", f"{flags} --out_dir=out/x --init_from=resume")
-    wait_for("out/x/dot_prod/dot_prod_log_iter_30.pt")
+    begun = torch.load("out/x/ckpt.pt", weights_only=True)["iter_num"]
+    more = f"{flags} --max_iters=100000 --out_dir=out/x --init_from=resume"
+    run = torchrun("--standalone --nproc_per_node=2", more)
+    wait_for(f"out/x/dot_prod/dot_prod_log_iter_{begun + 3}.pt")
     run.terminate()  # torchrun passes SIGTERM on
     out, err = run.communicate()
     assert "SIGTERM: stopped after" in out and not os.path.exists("out/x/values.npz"), err
-    call(train.main, f"{flags} --out_dir=out/x {resume('out/x')}")
+    stopped = torch.load("out/x/ckpt.pt", weights_only=True)["iter_num"]
+    assert stopped > begun
+    flags += f" --max_iters={stopped + 3}"
+    call(train.main, f"{flags} --out_dir=out/x --init_from=resume")
     call(train.main, f"{flags} --out_dir=out/whole")
     same_run("out/x", "out/whole", exact=False)
 
@@ -163,7 +181,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(home, number, status,
     "lost, how, start", [(1, signal.SIGKILL, forked), (0, signal.SIGKILL, afresh), (1, signal.SIGSTOP, afresh)]
 )
 def test_the_others_end_with_a_message_when_one_dies_or_hangs(home, lost, how, start):  # noqa: F811
-    ranks = start_ranks(2, f"{FLAGS} --max_iters=100000 --out_dir=out/x --process_timeout=15", start)
+    ranks = start_ranks(2, f"{FLAGS} --max_iters=100000 --out_dir=out/x --process_timeout=10", start)
     wait_for("out/x/dot_prod/dot_prod_log_iter_6.pt")
     ranks[lost].send_signal(how)
     survivor = ranks[1 - lost]

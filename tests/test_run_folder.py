@@ -1,5 +1,6 @@
 """What a bad day does to a run: kills, full disks, damaged and hostile files, numbers gone bad, any input."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -37,23 +38,28 @@ SCORED = f"{TINY} --score=True --val_batch_size=3 --value_direction=adam"
 FORKS = multiprocessing.get_context("forkserver")
 
 
+def start_forks():
+    """Start the process from which others are forked: it imports what takes them seconds, once for all tests."""
+    FORKS.set_forkserver_preload(["train", "report", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patch:  # no working folder of a test has these modules
+        patch.setenv("PYTHONPATH", ROOT)
+        ensure_running()
+
+
 class Script:
     """
-    train.py as a process of its own, after the Python statements `before`; what the tests use of subprocess.Popen. It
-    is forked from a process that has imported train.py already, because that takes seconds. When it ends, it leaves by
+    train.py, or another script, as a process of its own, after the Python statements `before`; what the tests use of
+    subprocess.Popen. It is forked from a process that has imported train.py already. When it ends, it leaves by
     os._exit, and an exception, Ctrl-C's too, gives status 1.
     """
 
-    def __init__(self, flags, before="pass", **environment):
-        FORKS.set_forkserver_preload(["train", "torch._dynamo"])
-        with pytest.MonkeyPatch.context() as patch:  # the environment of the first process, from which all are forked
-            patch.setenv("PYTHONPATH", ROOT)
-            ensure_running()
+    def __init__(self, flags, before="pass", script="train", **environment):
+        start_forks()
         self.folder = tempfile.mkdtemp()
         pipes = [f"{self.folder}/{name}" for name in ("stdout", "stderr")]
         for pipe in pipes:
             os.mkfifo(pipe)
-        arguments = os.getcwd(), flags.split(), before, environment, pipes
+        arguments = os.getcwd(), script, flags.split(), before, environment, pipes
         self.process = FORKS.Process(target=run_script, args=arguments)
         self.process.start()
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
@@ -79,16 +85,16 @@ class Script:
         return said
 
 
-def run_script(folder, argv, before, environment, pipes):
+def run_script(folder, script, argv, before, environment, pipes):
     os.chdir(folder)
     os.environ.update(environment)
     for number, pipe in enumerate(pipes, 1):
         os.dup2(os.open(pipe, os.O_WRONLY), number)
     # a new one: that of the first process may have been a file, in which one can seek
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.argv = ["train.py", *argv]
+    sys.argv = [f"{script}.py", *argv]
     exec(before, {})
-    train.main()
+    importlib.import_module(script).main()
 
 
 def wait_for_training(run):
@@ -128,13 +134,13 @@ def same_run(a, b, exact=True):
 
 @pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_ends_as_if_it_had_not_been(home, kills):  # noqa: F811
-    flags = f"{SCORED} --dropout=0.1 --checkpoint_interval=2 --max_iters={30 * kills}"
+    flags = f"{SCORED} --dropout=0.1 --checkpoint_interval=2 --max_iters={20 * kills}"
     call(train.main, f"{flags} --out_dir=out/whole")
     moments, rng = [], random.Random(kills)
     while len(moments) < kills:
         run = Script(f"{flags} --out_dir=out/killed {resume('out/killed')}")
         wait_for_training(run)
-        time.sleep(rng.uniform(0, 0.15))
+        time.sleep(rng.uniform(0, 0.1))
         run.kill()
         assert run.wait() == -signal.SIGKILL, run.stderr.read()
         tmp = [name for _, _, names in os.walk("out/killed") for name in names if name.endswith(".tmp")]
@@ -325,13 +331,13 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(home, small_disk):  # noqa: F811
-    flags = f"{SCORED} --max_iters=200 --out_dir={small_disk}/run"
+    flags = f"{SCORED} --max_iters=60 --out_dir={small_disk}/run"
     with pytest.raises(SystemExit, match="could not be written .No space left on device."):
         call(train.main, f"{flags} --checkpoint_interval=1 --n_embd=32")
     checkpoint = load_torch(f"{small_disk}/run/ckpt.pt", CHECKPOINT, "")
     assert checkpoint["iter_num"] >= 1
     shutil.copytree(f"{small_disk}/run", "out/run")  # onto a larger disk
-    flags = f"{SCORED} --max_iters=200 --n_embd=32 --out_dir=out"
+    flags = f"{SCORED} --max_iters=60 --n_embd=32 --out_dir=out"
     call(train.main, f"{flags}/run --init_from=resume")
     call(train.main, f"{flags}/whole")
     same_run("out/run", "out/whole")

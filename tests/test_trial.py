@@ -1,5 +1,7 @@
 """A trial's arms are paired runs of train.py from the scored run's weights; its verdict follows the rule."""
 
+import functools
+import io
 import json
 import multiprocessing.forkserver
 import os
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_processes import torchrun
+from test_processes import forked, run_ranks
+from test_run_folder import start_forks
 from test_train import TINY, baseline, call, corpus, home, metrics  # noqa: F401 (fixtures)
 
 import prepare_owt
@@ -158,24 +162,42 @@ def make_some_negative(folder):
     np.savez(f"{folder}/values.npz", **arrays | dict(value=arrays["value"] - np.quantile(arrays["value"], 0.3)))
 
 
-@pytest.fixture
-def scored(home, baseline):  # noqa: F811
-    """A fresh working folder with the corpus and a scored run in out/scored."""
+def copy_scored(baseline):  # noqa: F811
+    """A scored run in out/scored."""
     shutil.copytree(baseline, "out/scored")
     edit_json("out/scored/config.json", lambda config: config["knobs"].update(data_dir="data"))
     make_some_negative("out/scored")
+
+
+@pytest.fixture
+def scored(home, baseline):  # noqa: F811
+    """A fresh working folder with the corpus and a scored run in out/scored."""
+    copy_scored(baseline)
     return "out/scored"
 
 
 def run_trial(flags=""):
     """The result of `trial.py out/scored <flags> --json`."""
+    start_forks()
     trial.main(f"out/scored --share=1 --json {flags}".split())
     return read_json("out/scored/trial/trial.json")
 
 
-def test_every_arm_is_a_run_of_train_py_from_the_scored_weights(scored, capsys):
-    found = run_trial("--orders=2")
-    printed = json.loads(capsys.readouterr().out)
+@pytest.fixture(scope="module")
+def ended(corpus, baseline, tmp_path_factory):  # noqa: F811
+    """The folder of a trial of two orders and all arms, made once, and what it has printed."""
+    folder = tmp_path_factory.mktemp("ended")
+    shutil.copytree(corpus / "data", folder / "data")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.chdir(folder)
+        copy_scored(baseline)
+        run_trial("--orders=2")
+    return folder / "out/scored/trial", out.getvalue()
+
+
+def test_every_arm_is_a_run_of_train_py_from_the_scored_weights(scored, ended):
+    shutil.copytree(ended[0], f"{scored}/trial")
+    found, printed = read_json(f"{scored}/trial/trial.json"), json.loads(ended[1])
     assert {key: printed[key] for key in ("verdict", "effect", "interval")}.items() <= found.items()
     assert sorted(found["losses"]) == ["control", "filtered", "random"] and os.path.getsize(found["figure"]) > 10_000
     _, value, _ = load_values(scored)
@@ -194,21 +216,19 @@ def test_every_arm_is_a_run_of_train_py_from_the_scored_weights(scored, capsys):
     assert len({loss for losses in found["losses"].values() for loss in losses.values()}) == 6
 
 
-def test_a_trial_that_was_interrupted_ends_as_one_that_was_not(scored, capsys):
-    whole = run_trial("--orders=2 --arms=control,filtered")
-    os.rename("out/scored/trial", "whole")
-    # all arms of the first order ended; of the second one arm has a checkpoint, and the other has not begun
-    shutil.copytree("whole", "out/scored/trial", ignore=shutil.ignore_patterns("order_2"))
+def test_a_trial_that_was_interrupted_ends_as_one_that_was_not(scored, ended, capsys):
+    before = read_json(ended[0] / "trial.json")
+    # all arms of the first order ended; of the second one arm has a checkpoint, and the others have not begun
+    shutil.copytree(ended[0], "out/scored/trial", ignore=shutil.ignore_patterns("order_2"))
     edit_json("out/scored/trial/trial.json", lambda record: [losses.pop("2") for losses in record["losses"].values()])
-    knobs = read_json("whole/order_2/filtered/config.json")["knobs"] | dict(max_iters=5, lr_decay_iters=8)
+    knobs = read_json(ended[0] / "order_2/filtered/config.json")["knobs"] | dict(max_iters=5, lr_decay_iters=8)
     call(train.main, " ".join(f"--{key}={value}" for key, value in knobs.items()))
     assert metrics("out/scored/trial/order_2/filtered")[-1]["iter"] == 5
-    again = run_trial("--orders=2 --arms=control,filtered")
-    assert again == whole
-    assert metrics("out/scored/trial/order_2/filtered")[-1] == metrics("whole/order_2/filtered")[-1]
-    # more orders go on with those that are there; fewer need no run at all
+    assert run_trial("--orders=2") == before
+    assert metrics("out/scored/trial/order_2/filtered")[-1] == metrics(ended[0] / "order_2/filtered")[-1]
+    # more orders, and fewer arms, go on with those that are there
     more = run_trial("--orders=3 --arms=control,filtered --jobs=2")
-    assert {arm: {n: more["losses"][arm][n] for n in "12"} for arm in more["losses"]} == whole["losses"]
+    assert {arm: {n: more["losses"][arm][n] for n in "12"} for arm in more["losses"]} == before["losses"]
     assert more["orders"] == 3
 
 
@@ -228,9 +248,7 @@ def test_torchrun_s_processes_share_every_arm(scored, capsys):
     flags = "--orders=1 --arms=control,filtered --gradient_accumulation_steps=2 --batch_size=2"
     alone = run_trial(flags)
     os.rename("out/scored/trial", "alone")
-    two = torchrun("--standalone --nproc_per_node=2", f"out/scored --share=1 {flags}", "trial.py")
-    _, err = two.communicate()
-    assert two.returncode == 0, err
+    run_ranks(2, f"out/scored --share=1 {flags}", functools.partial(forked, script="trial"))
     two = read_json("out/scored/trial/trial.json")
     for arm in ("control", "filtered"):
         assert two["losses"][arm]["1"] == pytest.approx(alone["losses"][arm]["1"], abs=1e-5)
@@ -248,7 +266,7 @@ def kill_the_first_arm():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the arm's process in /proc")
 def test_an_arm_that_was_killed_is_named_and_gone_on_with_to_the_same_verdict(scored, capsys):
-    flags = "--orders=1 --arms=control,filtered --max_iters=500 --eval_interval=500 --checkpoint_interval=50"
+    flags = "--orders=1 --arms=control,filtered --max_iters=200 --eval_interval=200 --checkpoint_interval=20"
     killer = threading.Thread(target=kill_the_first_arm)
     killer.start()
     with pytest.raises(SystemExit, match="order_1/control: this run was ended by signal 9; the same command goes on"):
@@ -363,14 +381,13 @@ def test_a_run_without_values_is_refused(home):  # noqa: F811
     assert not os.path.exists("out/scored/trial")
 
 
-def test_another_trial_in_the_same_folder_is_refused(scored, capsys):
-    run_trial("--orders=1 --arms=control,filtered")
+def test_another_trial_in_the_same_folder_is_refused(scored, ended):
+    shutil.copytree(ended[0], "out/scored/trial")
     with pytest.raises(SystemExit, match=r"trial: holds another trial, with learning_rate 0\.005; give .* --out"):
-        run_trial("--orders=1 --arms=control,filtered --learning_rate=1e-3")
+        run_trial("--orders=2 --learning_rate=1e-3")
 
 
-def test_the_report_shows_the_trial_of_its_run(scored, capsys):
-    found = run_trial("--orders=2 --arms=control,filtered")
-    capsys.readouterr()
+def test_the_report_shows_the_trial_of_its_run(scored, ended, capsys):
+    shutil.copytree(ended[0], "out/scored/trial")
     report.main([scored])
-    assert found["says"] in capsys.readouterr().out
+    assert read_json("out/scored/trial/trial.json")["says"] in capsys.readouterr().out
