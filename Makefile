@@ -51,7 +51,7 @@ gpu-data:
 	@$(with_torch) gpu.py --pack="$(SOURCE)"
 
 test: .venv/installed-test lint
-	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist=loadgroup --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 3 --dist=loadgroup --no-loadscope-reorder -m "not slow"
 
 lint: .venv/installed-test
 	$(VENV)/ruff check .

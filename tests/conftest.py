@@ -27,8 +27,9 @@ LONG_TOGETHER = ["trial", "kernels", "budget"]  # and in sum
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """
-    For make test's two processes: the tests of long files come first, one by one, so that none is left for the end; the
-    tests of another file are a group that one of the processes runs, because they share what takes time to make.
+    For make test's three processes, of which one may wait: the tests of long files come first, one by one, so that none
+    is left for the end; the tests of another file are a group that one of the processes runs, because they share what
+    takes time to make.
     """
     order = [f"test_{name}.py" for name in LONG + LONG_TOGETHER]
     items.sort(key=lambda item: [*order, item.path.name].index(item.path.name))
