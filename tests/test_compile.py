@@ -64,6 +64,7 @@ def test_compiled_scoring_equals_eager_and_does_not_recompile(dtype, tolerance):
     assert graphs == [5, 5, 5, 5]
 
 
+@pytest.mark.xdist_group("torch.compile")
 # order 2 has the graphs of order 1 and one more
 @pytest.mark.parametrize(
     "order, dtype",
