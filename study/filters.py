@@ -100,7 +100,7 @@ def rounds_of(source):
     own = main("within domains", "highest quarter", "model") + main("model", share=0.25)
     by_share = [arm for share in SHARES for arm in for_targets(first, "main", "sign", "DSIR", "sum", share=share)]
     wild = [arm for share in SHARES for arm in main("sign", "random", share=share)]
-    rounds = [(range(1, 3), ["main"], whole + target), (range(3, 5), [], whole + target), (range(1, 5), [], own)]
+    rounds = [(range(1, 3), ["main"], whole + target), (range(1, 3), [], own), (range(3, 5), [], whole + target + own)]
     shares = [(range(1, 3), [], wild), (range(1, 3), [], by_share)]
     rounds += shares if source == "wildpile" else shares[::-1]
     if others:
