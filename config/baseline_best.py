@@ -3,6 +3,7 @@
 #
 #   python prepare_owt.py && python train.py config/baseline_best.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/baseline_best.py --gradient_accumulation_steps=32
+#   python trial.py out/baseline_best                                would it pay to train again without the negatives?
 #
 # The cost of an iteration: the validation pass is 16 / 480 windows, 3.3%. Scoring is 2 to 3% of a plain step, as
 # measured on a CPU at 256 tokens (docs/cost.md); the share of the dot products falls as one over the window's length.
@@ -48,6 +49,8 @@ value_order = 1
 # A running average over about 46 iterations, 740 windows. In the study, the values of a window in two runs then had a
 # correlation of 0.27, and 0.03 without the average. Dropping by their sign saved as much as knowing the damage. The
 # model has partly followed the older gradients already, so more values are negative: 40%, and 25% with a fresh one.
+# On undamaged text no trial has shown that dropping them pays (study/foretell.md). If you know what the model is for, add
+# that text to val_sets: its column chooses for it (study/filters.md).
 val_average = 32.0
 
 eval_interval = 250
