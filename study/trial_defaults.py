@@ -169,36 +169,46 @@ def effects_row(label, found):
     return [label, *cells, *(f"{np.mean(flat(each)) / noise:+.1f}".replace("-", "−") for each in found.values())]
 
 
-def agreement_row(label, variant, found, retrained):
-    """How the trials of a variant tell the retraining, by condition and seed, and what an order costs and knows."""
-    both = [(name, seed) for name in CHOSEN for seed in found[name] if seed in retrained[name]]
-    if len(both) < 3:
-        return None
-    theirs = [np.array([np.mean(each[name][seed]) for name, seed in both]) for each in (found, retrained)]
+def agreement_row(label, variant, found, retrained, points):
+    """How the trials of a variant tell the retraining at `points`, pairs of lists, and what an order of them costs."""
+    theirs = [np.array([np.mean(orders) for orders in each]) for each in zip(*points, strict=True)]
     same, correlation, slope, left = agreement(*theirs)
     iterations, noise = round(variant.share * ITERATIONS), slope * spread(found.values())
     ratios = [np.mean(flat(retrained[name])) / np.mean(flat(found[name])) for name in CHOSEN]
-    cells = [str(iterations), f"{same} of {len(both)}", *(f"{ratio:.1f}".replace("-", "−") for ratio in ratios)]
+    cells = [str(iterations), f"{same} of {len(points)}", *(f"{ratio:.1f}".replace("-", "−") for ratio in ratios)]
     cells += [f"{correlation:.2f}", f"{slope:.2f}", f"{left:.4f}"]
     return [label, *cells, f"{noise:.4f}", f"{noise * (variant.share / Variant().share) ** 0.5:.4f}"]
 
 
-def print_tables(lines):
+def print_tables(lines, known):
+    """From the lines of this study, and those `known` of foretell.py, whose retraining has other seeds."""
     found = {variant: effects_of(lines, variant, True) for variant in VARIANTS}
-    found = {variant: effects for variant, effects in found.items() if all(effects.values())}
-    retrained = effects_of(lines, Variant(), False)
+    found = {variant: each for variant, each in found.items() if all(each.values())}
+    own, others = (effects_of(some, Variant(), False) for some in (lines, known))
+    both = {name: own[name] | others[name] for name in CHOSEN}
     label = "{0.state}, {0.peak:g}, {0.share:g}".format
     rows = [effects_row(label(variant), each) for variant, each in found.items()]
-    agreements = []
-    if all(retrained.values()):
-        rows.append(effects_row("retrained", retrained))
-        agreements = [agreement_row(label(variant), variant, each, retrained) for variant, each in found.items()]
+    rows += [
+        effects_row(name, each)
+        for name, each in (("retrained", own), ("retrained, other seeds", others))
+        if all(each.values())
+    ]
+    by_condition, by_seed = [], []
+    for variant, trials in found.items():
+        points = [
+            (trials[name][seed], own[name][seed]) for name in CHOSEN for seed in trials[name] if seed in own[name]
+        ]
+        if len(points) > 2:
+            by_seed.append(agreement_row(label(variant), variant, trials, own, points))
+        if all(both.values()):
+            points = [(flat(trials[name]), flat(both[name])) for name in CHOSEN]
+            by_condition.append(agreement_row(label(variant), variant, trials, both, points))
     head = ["state, peak, share", *(f"{name}, nats" for name in CHOSEN), *(f"spread, {name}" for name in CHOSEN)]
-    head += ["spread, all", *(f"{name}, spreads" for name in CHOSEN)]
-    print(f"## Effects\n\n{markdown(head, rows)}")
+    print(f"## Effects\n\n{markdown([*head, 'spread, all', *(f'{name}, spreads' for name in CHOSEN)], rows)}")
     head = ["state, peak, share", "iterations", "signs", *(f"ratio, {name}" for name in CHOSEN), "correlation", "slope"]
     head += ["left, nats", "an order's noise, nats of a retraining", "at equal cost"]
-    print(f"## Agreement\n\n{markdown(head, [row for row in agreements if row])}")
+    print(f"## Agreement by condition and seed\n\n{markdown(head, by_seed)}")
+    print(f"## Agreement by condition, with the retraining of other seeds too\n\n{markdown(head, by_condition)}")
 
 
 def main():
@@ -212,9 +222,10 @@ def main():
     parser.add_argument("--retrainings", type=int, default=2, help="orders of the retraining")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--results", default=f"{HERE}/trial_defaults.jsonl")
+    parser.add_argument("--known", default=f"{HERE}/foretell.jsonl", help="the lines of foretell.py, for the tables")
     args = parser.parse_args()
     if args.tables:
-        print_tables(read_lines(args.results))
+        print_tables(read_lines(args.results), read_lines(args.known))
         return
     make_corpora(args.minipile, args.wildpile)
     seeds = range(args.first_seed, args.first_seed + args.seeds)

@@ -86,7 +86,7 @@ def test_the_study_goes_on_with_more_orders_and_its_variants_share_one_retrainin
     controls = [ends[trial_of(variant, trial_defaults.CHOSEN["undamaged"], "control", 4, 1)] for variant in VARIANTS]
     assert len(set(controls)) == 3
 
-    monkeypatch.setattr(sys, "argv", ["trial_defaults.py", "--tables", "--results=lines.jsonl"])
+    monkeypatch.setattr(sys, "argv", ["trial_defaults.py", "--tables", "--results=lines.jsonl", "--known=lines.jsonl"])
     capsys.readouterr()
     trial_defaults.main()
     said = capsys.readouterr().out
@@ -110,12 +110,13 @@ def test_the_tables_of_effects_that_are_known(capsys):
         swing = 0.001 if run.order == 1 else -0.001
         return (size if run.start else 2 * size) + swing
 
-    trial_defaults.print_tables(lines_of(effect_of))
+    trial_defaults.print_tables(lines_of(effect_of), {})
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| fresh, 0.5, 0.1")]
-    effects, agreement = rows
+    effects, agreement, by_condition = rows
     assert effects[1].startswith("+0.0100 ± ") and effects[2].startswith("−0.0200 ± ")
     assert effects[4:8] == ["0.0014"] * 4 and effects[8:10] == ["+7.1", "−14.1"]
     assert agreement[1:9] == ["64", "6 of 6", "2.0", "2.0", "2.0", "1.00", "2.00", "0.0000"]
+    assert by_condition == [*agreement[:2], "3 of 3", *agreement[3:]]
     assert agreement[9:] == ["0.0028", "0.0028 |"]
 
 
