@@ -162,22 +162,56 @@ def agreement(trials, retrained):
     return int((np.sign(trials) == np.sign(retrained)).sum()), np.corrcoef(trials, retrained)[0, 1], slope, left
 
 
-def effects_row(label, found):
-    """The effects, their spread by condition and in all, and how many spreads each is."""
-    noise, cells = spread(found.values()), [said(flat(each)) for each in found.values()]
-    cells += [f"{each:.4f}" for each in (*(spread([each]) for each in found.values()), noise)]
-    return [label, *cells, *(f"{np.mean(flat(each)) / noise:+.1f}".replace("-", "−") for each in found.values())]
+def points_by_seed(trials, retrained):
+    """[(effects in the trial, effects of the retraining)] of every condition and seed that has both."""
+    return [
+        (trials[name][seed], retrained[name][seed]) for name in CHOSEN for seed in trials[name].keys() & retrained[name]
+    ]
 
 
-def agreement_row(label, variant, found, retrained, points):
-    """How the trials of a variant tell the retraining at `points`, pairs of lists, and what an order of them costs."""
-    theirs = [np.array([np.mean(orders) for orders in each]) for each in zip(*points, strict=True)]
-    same, correlation, slope, left = agreement(*theirs)
-    iterations, noise = round(variant.share * ITERATIONS), slope * spread(found.values())
-    ratios = [np.mean(flat(retrained[name])) / np.mean(flat(found[name])) for name in CHOSEN]
-    cells = [str(iterations), f"{same} of {len(points)}", *(f"{ratio:.1f}".replace("-", "−") for ratio in ratios)]
-    cells += [f"{correlation:.2f}", f"{slope:.2f}", f"{left:.4f}"]
-    return [label, *cells, f"{noise:.4f}", f"{noise * (variant.share / Variant().share) ** 0.5:.4f}"]
+def points_by_condition(trials, retrained):
+    return [(flat(trials[name]), flat(retrained[name])) for name in CHOSEN if retrained[name]]
+
+
+def number(value, form):
+    return "–" if np.isnan(value) else form.format(value).replace("-", "−")
+
+
+def effects_table(rows):
+    """{label: effects_of} -> the effects, over the orders of all seeds, their spread, and how many spreads they are."""
+    cells = []
+    for label, found in rows.items():
+        noise = spread(found.values())
+        spreads = [*(spread([by_seed]) for by_seed in found.values()), noise]
+        resolution = [np.mean(flat(by_seed)) / noise for by_seed in found.values()]
+        cells.append([label, str(len(flat(found["undamaged"]))), *(said(flat(by_seed)) for by_seed in found.values())])
+        cells[-1] += [number(each, "{:.4f}") for each in spreads] + [number(each, "{:+.1f}") for each in resolution]
+    head = ["state, peak, share", "orders", *(f"{name}, nats" for name in CHOSEN)]
+    head += [*(f"spread, {name}" for name in CHOSEN), "spread, all", *(f"{name}, spreads" for name in CHOSEN)]
+    return markdown(head, cells)
+
+
+def agreement_table(found, retrained, points_of):
+    """{Variant: effects_of} beside the retraining: a line through points_of them, and what an order costs and tells."""
+    cells = []
+    for variant, trials in found.items():
+        points = points_of(trials, retrained)
+        if len(points) < len(CHOSEN):
+            continue
+        means = [np.array([np.mean(orders) for orders in side]) for side in zip(*points, strict=True)]
+        same, correlation, slope, left = agreement(*means)
+        ratios = [np.mean(flat(retrained[name])) / np.mean(flat(trials[name])) for name in CHOSEN]
+        noise = slope * spread(trials.values())
+        at_equal_cost = noise * (variant.share / Variant().share) ** 0.5
+        cells.append([label_of(variant), str(round(variant.share * ITERATIONS)), f"{same} of {len(points)}"])
+        cells[-1] += [number(each, "{:.1f}") for each in ratios] + [f"{correlation:.2f}", f"{slope:.2f}"]
+        cells[-1] += [number(each, "{:.4f}") for each in (left, noise, at_equal_cost)]
+    head = ["state, peak, share", "iterations", "signs", *(f"ratio, {name}" for name in CHOSEN), "correlation", "slope"]
+    return markdown([*head, "left, nats", "an order's noise, nats of a retraining", "at equal cost"], cells)
+
+
+def label_of(variant):
+    return f"{variant.state}, {variant.peak:g}, {variant.share:g}"
 
 
 def print_tables(lines, known):
@@ -186,29 +220,15 @@ def print_tables(lines, known):
     found = {variant: each for variant, each in found.items() if all(each.values())}
     own, others = (effects_of(some, Variant(), False) for some in (lines, known))
     both = {name: own[name] | others[name] for name in CHOSEN}
-    label = "{0.state}, {0.peak:g}, {0.share:g}".format
-    rows = [effects_row(label(variant), each) for variant, each in found.items()]
-    rows += [
-        effects_row(name, each)
-        for name, each in (("retrained", own), ("retrained, other seeds", others))
+    rows = {label_of(variant): each for variant, each in found.items()}
+    rows |= {
+        label: each
+        for label, each in {"retrained": own, "retrained, other seeds": others}.items()
         if all(each.values())
-    ]
-    by_condition, by_seed = [], []
-    for variant, trials in found.items():
-        points = [
-            (trials[name][seed], own[name][seed]) for name in CHOSEN for seed in trials[name] if seed in own[name]
-        ]
-        if len(points) > 2:
-            by_seed.append(agreement_row(label(variant), variant, trials, own, points))
-        if all(both.values()):
-            points = [(flat(trials[name]), flat(both[name])) for name in CHOSEN]
-            by_condition.append(agreement_row(label(variant), variant, trials, both, points))
-    head = ["state, peak, share", *(f"{name}, nats" for name in CHOSEN), *(f"spread, {name}" for name in CHOSEN)]
-    print(f"## Effects\n\n{markdown([*head, 'spread, all', *(f'{name}, spreads' for name in CHOSEN)], rows)}")
-    head = ["state, peak, share", "iterations", "signs", *(f"ratio, {name}" for name in CHOSEN), "correlation", "slope"]
-    head += ["left, nats", "an order's noise, nats of a retraining", "at equal cost"]
-    print(f"## Agreement by condition and seed\n\n{markdown(head, by_seed)}")
-    print(f"## Agreement by condition, with the retraining of other seeds too\n\n{markdown(head, by_condition)}")
+    }
+    print(f"## Effects\n\n{effects_table(rows)}")
+    print(f"## Agreement by condition and seed\n\n{agreement_table(found, own, points_by_seed)}")
+    print(f"## Agreement by condition\n\n{agreement_table(found, both, points_by_condition)}")
 
 
 def main():

@@ -113,8 +113,8 @@ def test_the_tables_of_effects_that_are_known(capsys):
     trial_defaults.print_tables(lines_of(effect_of), {})
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| fresh, 0.5, 0.1")]
     effects, agreement, by_condition = rows
-    assert effects[1].startswith("+0.0100 ± ") and effects[2].startswith("−0.0200 ± ")
-    assert effects[4:8] == ["0.0014"] * 4 and effects[8:10] == ["+7.1", "−14.1"]
+    assert effects[2].startswith("+0.0100 ± ") and effects[3].startswith("−0.0200 ± ") and effects[1] == "4"
+    assert effects[5:9] == ["0.0014"] * 4 and effects[9:11] == ["+7.1", "−14.1"]
     assert agreement[1:9] == ["64", "6 of 6", "2.0", "2.0", "2.0", "1.00", "2.00", "0.0000"]
     assert by_condition == [*agreement[:2], "3 of 3", *agreement[3:]]
     assert agreement[9:] == ["0.0028", "0.0028 |"]
