@@ -313,9 +313,10 @@ def main():
 
     make_corpora(args.minipile, args.wildpile)
     rounds = [tuple(map(int, orders.split(":"))) for orders in args.rounds.split(",")]
+    conditions = [CONDITIONS[name] for name in args.conditions]
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_worker) as pool:
         try:
-            for scored, runs in plan([CONDITIONS[name] for name in args.conditions], args.first_seed, args.seeds, rounds):
+            for scored, runs in plan(conditions, args.first_seed, args.seeds, rounds):
                 run_all(pool, run_scored, [job for job in scored if job[1] != "unseen"], args.results)
                 run_all(pool, run_unseen, [job for job in scored if job[1] == "unseen"], args.results)
                 run_all(pool, run_arm, runs, args.results)

@@ -187,6 +187,21 @@ def outcomes_table(found, slope):
     return markdown(["trials", "verdict", "right", "wrong", "undecidable", "withheld"], rows)
 
 
+def seeds_table(found):
+    """The means of every seed and their interval over seeds, of standard trials that have at least two retrained."""
+    rows = []
+    for name, one in found.items():
+        cells = []
+        for effect, orders in ((one.foretold, one.trials), (one.realised, one.retrained)):
+            seeds = sorted({seed for seed, _ in orders})
+            means = [np.mean([x for x, key in zip(effect, orders, strict=True) if key[0] == s]) for s in seeds]
+            cells += [", ".join(said([mean]) for mean in means), said(means)]
+        if len(seeds) > 1 and standard(name):
+            rows.append([name, *cells])
+    head = ["condition", "trial, by seed", "over seeds", "retrained, by seed", "over seeds"]
+    return markdown(head, rows) if rows else ""
+
+
 def spreads_table(lines):
     """The standard deviation over orders of filtered less control, paired and as if the arms had other orders."""
     rows = []
@@ -254,7 +269,8 @@ def main():
     names = [name for name in found if standard(name)]
     line = fit(*points(found, names))
     slope = line[0] if line else CALIBRATION
-    print(f"## Conditions\n\n{conditions_table(found, slope)}\n## Lines\n\n{fits_table(found)}")
+    print(f"## Conditions\n\n{conditions_table(found, slope)}\n## Seeds\n\n{seeds_table(found)}")
+    print(f"## Lines\n\n{fits_table(found)}")
     print(f"## Verdicts\n\n{outcomes_table(found, slope)}\n## Spread\n\n{spreads_table(lines)}")
     draw(found, f"{args.out}/foretell.png")
     if waiting:
