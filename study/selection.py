@@ -1,0 +1,229 @@
+"""
+Does it pay to choose every batch from more windows than are trained on?
+
+    python study/selection.py               # the runs; needs the corpora and the scored runs of study/foretell.py
+    python study/selection.py --tables      # the tables of study/selection.md, from study/selection.jsonl
+
+Before each step, the direction of the current weights is made of validation windows, and one forward and backward pass
+gives the dot products of `ratio` times as many candidates as a batch has. A rule chooses from them by these dots, the
+gradients are thrown away, and an ordinary step trains on the chosen ones (online batch selection: GREATS, NeurIPS 2024;
+OPUS, arXiv 2602.05400). The control has no candidates and no dots. The arms of one order are paired: the candidates are
+the control's batch and windows that the control has not, so no window comes twice.
+
+A run starts from a scored run's weights, as a trial does, or from scratch. It keeps train.py's schedules, steps and
+test windows. When it has ended, one JSON line about it joins study/selection.jsonl. A run that has a line is not run
+again. The plan is in rounds, by worth.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from foretell import CLEAN, DAMAGED, ITERATIONS, PERCENT, TRIAL, prepare_worker, run_all, scored_folder
+from tables import cell, interval, markdown, saving
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+import train  # noqa: E402
+from data_value import Directions  # noqa: E402
+from study import CENTRE, RETRAIN, T, damage_of  # noqa: E402
+from support.configurator import check  # noqa: E402
+from support.corpus import window_domains  # noqa: E402
+from support.files import load_torch  # noqa: E402
+from support.processes import Ranks  # noqa: E402
+from support.run_folder import WEIGHTS  # noqa: E402
+from support.windows import Windows  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan.
+
+CORPORA = (CLEAN, DAMAGED, "wild")
+START, SHORT, WHOLE = str(ITERATIONS), ITERATIONS // 10, RETRAIN["max_iters"]
+DIRECTIONS = {"fresh": {}, "averaged": dict(val_average=32), "m 128": dict(val_batch_size=128)}  # fresh: CENTRE's m 16
+
+
+class Run(NamedTuple):
+    corpus: str
+    start: str  # the weights of the scored run after so many iterations, or '': from scratch
+    rule: str  # 'control', or one of `choose`
+    ratio: float  # candidates / windows of a batch
+    direction: str  # of DIRECTIONS
+    iterations: int
+    seed: int  # of the scored run
+    order: int
+
+
+ARMS = [("control", 1.0, "fresh"), ("top", 1.1, "fresh"), ("top", 1.25, "fresh"), ("top", 1.5, "fresh")]
+ARMS += [("top", 2.0, "fresh"), ("sampling", 2.0, "fresh"), ("negatives", 1.0, "fresh"), ("negatives", 1.5, "fresh")]
+ARMS += [("top", 2.0, "averaged")]
+AFRESH = [("control", 1.0, "fresh"), ("top", 1.25, "fresh"), ("top", 2.0, "fresh"), ("negatives", 1.0, "fresh")]
+CONTROL, CLEARER = [("control", 1.0, "fresh")], [("top", 2.0, "m 128")]
+ROUNDS = [  # (start, iterations, orders, whether of every seed, arms): longer controls are what the time of an arm buys
+    (START, SHORT, (1, 2, 3), False, ARMS),
+    (START, 2 * SHORT, (1, 2, 3), False, CONTROL),
+    (START, 4 * SHORT, (1, 2, 3), False, CONTROL),
+    ("", WHOLE, (1, 2), False, AFRESH),
+    (START, SHORT, (1, 2, 3), True, ARMS),
+    (START, SHORT, (1, 2, 3), False, CLEARER),
+    ("", 2 * WHOLE, (1, 2), False, CONTROL),
+    ("", 4 * WHOLE, (1, 2), False, CONTROL),
+]
+
+
+def plan(seeds):
+    """Lists of Runs, by worth."""
+    for start, iterations, orders, every, arms in ROUNDS:
+        some = seeds if every else seeds[:1]
+        keys = [(seed, order, corpus, arm) for seed in some for order in orders for corpus in CORPORA for arm in arms]
+        yield [Run(corpus, start, *arm, iterations, seed, order) for seed, order, corpus, arm in keys]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run.
+
+
+def knobs_of(run):
+    knobs = CENTRE | dict(dataset=run.corpus, seed=run.seed + 1000 * run.order, max_iters=run.iterations)
+    knobs |= dict(eval_interval=run.iterations // 8)
+    if run.start:
+        weights = f"{scored_folder(run.corpus, 'average32', run.seed)}/{run.start}.pt"
+        check(os.path.isfile(weights), f"{weights}: missing; python study/foretell.py makes it")
+        knobs |= TRIAL | dict(init_from=weights, eval_interval=run.iterations)
+    if run.rule != "control":
+        knobs |= dict(score=True, value_direction="adam") | DIRECTIONS[run.direction]
+    return train.Knobs(**knobs)
+
+
+def candidates(order, iter_num, run, B):
+    """
+    The ids of an iteration's candidates: the control's batch, and the first windows of a batch that comes after all
+    batches of the control.
+    """
+    more = order.take((run.iterations + iter_num) * B, round(run.ratio * B) - B)[0]
+    return np.concatenate([order.take(iter_num * B, B)[0], more])
+
+
+def choose(dots, rule, B, rng):
+    """
+    The places in dots (n,) of the windows to train on, (k,) in rising order, k <= B. 'top': the highest. 'sampling': at
+    random without replacement, by the softmax of the dots in standard deviations (their order with Gumbel noise, Kool,
+    van Hoof and Welling 2019, arXiv 1903.06059). 'negatives': the first that are not negative, at least the highest.
+    """
+    if rule == "negatives":
+        return np.flatnonzero(dots >= min(0.0, dots.max()))[:B]
+    if rule == "sampling":
+        dots = (dots - dots.mean()) / dots.std() + rng.gumbel(size=len(dots))
+    return np.sort(np.argsort(-dots, kind="stable")[:B])
+
+
+def dots_of(model, directions, x, y):
+    """<grad l_i, D> of every window of x, y (n, T), a numpy array (n,), and their mean loss."""
+    alpha = directions.alpha(len(x))
+    loss = model(x, y, alpha)[1]
+    (dots,) = torch.autograd.grad(loss, alpha)
+    return dots[:, 0].numpy() * len(x), loss.item()
+
+
+def step(model, optimizer, x, y, grad_clip):
+    """train.py's step on x, y (k, T). Returns the mean loss and the gradient's norm before it is clipped."""
+    loss, params = model(x, y)[1], list(model.parameters())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    torch._foreach_mul_([p.grad for p in params], (grad_clip / (norm + 1e-6)).clamp(max=1.0))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), norm.item()
+
+
+def train_selecting(run):
+    """
+    (model, found) of a Run: its test losses at `iter`, the CPU time `step_ms` of the median step without evaluations,
+    and what `describe` says of the choice.
+    """
+    knobs, ranks = knobs_of(run), Ranks()
+    windows, B = Windows(knobs), knobs.batch_size
+    torch.manual_seed(knobs.seed)
+    weights = load_torch(knobs.init_from, WEIGHTS, "python study/foretell.py makes it") if run.start else None
+    model = train.make_model(knobs, windows.meta["vocab_size"], weights, False).train()
+    betas = (knobs.beta1, knobs.beta2)
+    optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas)
+    directions = Directions(model, windows.val_sets, knobs) if run.rule != "control" else None
+    rng, found, log = np.random.default_rng(knobs.seed), dict(iter=[], test_loss=[]), []
+    for iter_num in range(run.iterations):
+        started = time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = train.get_lr(iter_num, knobs)
+        ids = candidates(windows.order, iter_num, run, B)
+        x, y = windows.batch(windows.train, ids)
+        chosen, dots, all_loss = np.arange(len(ids)), None, None
+        if directions:
+            directions.update(train.fresh_gradients(model, windows, iter_num, knobs, ranks), iter_num)
+            directions.fill(optimizer)
+            dots, all_loss = dots_of(model, directions, x, y)
+            chosen = choose(dots, run.rule, B, rng)
+        loss, norm = step(model, optimizer, x[chosen], y[chosen], knobs.grad_clip)
+        seconds = time.process_time() - started
+        log.append(dict(ids=ids, chosen=chosen, dots=dots, losses=(all_loss, loss), norm=norm, seconds=seconds))
+        if (iter_num + 1) % knobs.eval_interval == 0:
+            found["iter"].append(iter_num + 1)
+            found["test_loss"].append(train.evaluate(model, windows, *windows.test_sets["test_loss"], knobs, ranks))
+    found["step_ms"] = 1000 * float(np.median([each["seconds"] for each in log]))
+    return model, found | describe(run, log, windows.meta)
+
+
+def describe(run, log, meta):
+    """Means over the iterations, and [of the candidates, of the chosen ones]: their loss, damaged share and domains."""
+    found = dict(norm=float(np.mean([each["norm"] for each in log])))
+    if run.rule == "control":
+        return found
+    ids, chosen = (np.concatenate(each) for each in zip(*[(i["ids"], i["ids"][i["chosen"]]) for i in log], strict=True))
+    found["loss"] = np.mean([each["losses"] for each in log], 0).tolist()
+    found["negative"] = float(np.mean([(each["dots"] < 0).mean() for each in log]))
+    found["batch"] = float(np.mean([len(each["chosen"]) for each in log]))
+    both = [(each["dots"].mean(), each["dots"][each["chosen"]].mean()) for each in log]
+    found["dot"] = np.mean(both, 0).tolist()
+    found["damaged"] = [float((damage_of(some, PERCENT.get(run.corpus, ())) > 0).mean()) for some in (ids, chosen)]
+    shares = []
+    for some in (ids, chosen):
+        domain = window_domains(f"data/{run.corpus}", "train", some, T, meta)
+        shares.append(np.bincount(domain, minlength=len(meta["domains"])) / len(some))
+    found["domains"] = {
+        name: list(map(float, pair)) for name, pair in zip(meta["domains"], np.array(shares).T, strict=True)
+    }
+    return found
+
+
+def run_one(run):
+    started = time.perf_counter()
+    _, found = train_selecting(run)
+    return found | dict(seconds=time.perf_counter() - started)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the scored runs; default: 1 2 3")
+    parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="no more than so many rounds of the plan")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--results", default=f"{HERE}/selection.jsonl")
+    parser.add_argument("--tables", action="store_true", help="print the tables, run nothing")
+    args = parser.parse_args()
+
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_worker) as pool:
+        try:
+            for runs in list(plan(args.seeds))[: args.rounds]:
+                run_all(pool, run_one, runs, args.results)
+        except BaseException:  # one run has failed: begin no other
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+if __name__ == "__main__":
+    main()
