@@ -27,7 +27,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from foretell import CLEAN, DAMAGED, ITERATIONS, PERCENT, TRIAL, prepare_worker, run_all, scored_folder
-from tables import cell, interval, markdown, saving
+from foretell_tables import said
+from tables import markdown, saving
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
@@ -61,18 +62,22 @@ class Run(NamedTuple):
     order: int
 
 
-ARMS = [("control", 1.0, "fresh"), ("top", 1.1, "fresh"), ("top", 1.25, "fresh"), ("top", 1.5, "fresh")]
-ARMS += [("top", 2.0, "fresh"), ("sampling", 2.0, "fresh"), ("negatives", 1.0, "fresh"), ("negatives", 1.5, "fresh")]
-ARMS += [("top", 2.0, "averaged")]
-AFRESH = [("control", 1.0, "fresh"), ("top", 1.25, "fresh"), ("top", 2.0, "fresh"), ("negatives", 1.0, "fresh")]
 CONTROL, CLEARER = [("control", 1.0, "fresh")], [("top", 2.0, "m 128")]
-ROUNDS = [  # (start, iterations, orders, whether of every seed, arms): longer controls are what the time of an arm buys
-    (START, SHORT, (1, 2, 3), False, ARMS),
-    (START, 2 * SHORT, (1, 2, 3), False, CONTROL),
-    (START, 4 * SHORT, (1, 2, 3), False, CONTROL),
-    ("", WHOLE, (1, 2), False, AFRESH),
-    (START, SHORT, (1, 2, 3), True, ARMS),
+ARMS = [("top", 1.25, "fresh"), ("top", 2.0, "fresh"), ("sampling", 2.0, "fresh")]
+ARMS += [("negatives", 1.0, "fresh"), ("negatives", 1.5, "fresh"), ("top", 2.0, "averaged")]
+BETWEEN = [("top", 1.1, "fresh"), ("top", 1.5, "fresh")]
+AFRESH = [("control", 1.0, "fresh"), ("top", 1.25, "fresh"), ("top", 2.0, "fresh"), ("negatives", 1.0, "fresh")]
+ROUNDS = [  # (start, iterations, orders, whether of every seed, arms); longer controls are what the time of an arm buys
+    (START, SHORT, (1,), False, CONTROL + ARMS + BETWEEN),
+    (START, SHORT, (2,), False, CONTROL + ARMS),
+    (START, 2 * SHORT, (1, 2), False, CONTROL),
+    (START, 4 * SHORT, (1, 2), False, CONTROL),
+    ("", WHOLE, (1,), False, AFRESH),
+    (START, SHORT, (3,), False, CONTROL + ARMS),
+    (START, SHORT, (2, 3), False, BETWEEN),
     (START, SHORT, (1, 2, 3), False, CLEARER),
+    ("", WHOLE, (2,), False, AFRESH),
+    (START, SHORT, (1, 2, 3), True, CONTROL + ARMS),
     ("", 2 * WHOLE, (1, 2), False, CONTROL),
     ("", 4 * WHOLE, (1, 2), False, CONTROL),
 ]
@@ -207,6 +212,120 @@ def run_one(run):
     return found | dict(seconds=time.perf_counter() - started)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables.
+
+
+def loss_after(lines, control, iterations):
+    """
+    The final loss of a control whose schedule has so many iterations, interpolated in their logarithm between those of
+    the same order that have run; None where there are none as long.
+    """
+    runs = [run for run in lines if run._replace(iterations=control.iterations) == control]
+    known = sorted((run.iterations, lines[run]["test_loss"][-1]) for run in runs)
+    if not known[0][0] <= iterations <= known[-1][0]:
+        return None
+    return float(np.interp(np.log(iterations), *np.array([(np.log(n), loss) for n, loss in known]).T))
+
+
+def pairs_of(lines, start, iterations, corpora, arm):
+    """[(run, its line, the line of the control of the same order)] of an arm, (rule, ratio, direction)."""
+    runs = [run for run in lines if (run.start, run[2:5], run.iterations) == (start, arm, iterations)]
+    controls = {run: run._replace(rule="control", ratio=1.0, direction="fresh") for run in runs}
+    found = [run for run in runs if run.corpus in corpora and controls[run] in lines]
+    return [(run, lines[run], lines[controls[run]]) for run in found]
+
+
+def compared(lines, pairs):
+    """
+    {name: [a number for each order]}. `effect`: of equal iterations, in nats. `cost`: the time of a step over the
+    control's. `paid`: the effect beside a control that trains as long as the arm. Of runs with a curve, `saved`: the
+    share of iterations saved, as in tables.py; `longer`: the time to the same loss over the control's.
+    """
+    found = dict(effect=[], cost=[], paid=[], saved=[], longer=[])
+    for run, ours, theirs in pairs:
+        cost, final = ours["step_ms"] / theirs["step_ms"], ours["test_loss"][-1]
+        control = run._replace(rule="control", ratio=1.0, direction="fresh")
+        bought = loss_after(lines, control, cost * run.iterations)
+        found["cost"].append(cost)
+        found["effect"].append(final - theirs["test_loss"][-1])
+        found["paid"] += [final - bought] if bought else []
+        if len(ours["iter"]) > 1:
+            saved = saving(ours["iter"], ours["test_loss"], theirs["test_loss"])
+            found["saved"].append(saved)
+            found["longer"].append(cost * (1 - saved) if saved > 0 else cost / (1 + saved))
+    return found
+
+
+def groups_of(lines, start, iterations):
+    """(label, arm, pairs) for every corpus, and for all three where an arm has an order in each."""
+    arms = {run[2:5] for run in lines if run.start == start and run.rule != "control"}
+    for label, corpora in [*((corpus, (corpus,)) for corpus in CORPORA), ("all three", CORPORA)]:
+        for arm in sorted(arms, key=lambda arm: (arm[2] != "fresh", arm[0] == "negatives", arm[0] == "sampling", arm)):
+            pairs = pairs_of(lines, start, iterations, corpora, arm)
+            if len({run.corpus for run, _, _ in pairs}) == len(corpora):
+                yield label, arm, pairs
+
+
+def gains_table(lines, start, iterations):
+    """What every arm changes, for the same iterations and for the same time."""
+    rows = []
+    for label, (rule, ratio, direction), pairs in groups_of(lines, start, iterations):
+        found = compared(lines, pairs)
+        row = [label, f"{rule}, {direction}", f"{ratio:g}", str(len(pairs)), said(found["effect"])]
+        row += [said(found["cost"], "{:.1f}"), said(found["paid"]) if found["paid"] else "–", str(len(found["paid"]))]
+        if found["saved"]:
+            row += [said(np.multiply(100, found["saved"]), "{:+.0f}"), said(found["longer"], "{:.1f}")]
+        rows.append(row)
+    head = ["corpus", "trained on", "candidates / batch", "orders", "test loss beside control"]
+    head += ["time of a step / control's", "beside a control of as much time", "orders of it"]
+    return markdown(head + ([] if start else ["iterations saved, %", "time to the same loss / control's"]), rows)
+
+
+def choice_table(lines, start, iterations):
+    """What the rules choose, from the candidates to the chosen ones: means over the orders."""
+    rows = []
+    for label, (rule, ratio, direction), pairs in groups_of(lines, start, iterations):
+        ours, theirs = [ours for _, ours, _ in pairs], [theirs for _, _, theirs in pairs]
+        row = [label, f"{rule}, {direction}", f"{ratio:g}", f"{100 * np.mean([line['negative'] for line in ours]):.0f}"]
+        row.append(f"{np.mean([line['batch'] for line in ours]):.0f}")
+        for key, form, scale in (("damaged", "{:.1f}", 100), ("loss", "{:.3f}", 1), ("dot", "{:.0f}", 1)):
+            row.append(" → ".join(form.format(scale * x) for x in np.mean([line[key] for line in ours], 0)))
+        moved = [np.abs(np.diff(list(line["domains"].values()))).sum() / 2 for line in ours]
+        row.append(f"{100 * np.mean(moved):.1f}")
+        row.append(f"{np.mean([one['norm'] / other['norm'] for one, other in zip(ours, theirs, strict=True)]):.2f}")
+        rows.append(row)
+    head = ["corpus", "trained on", "candidates / batch", "negative, %", "batch", "damaged, %", "loss, nats", "dot"]
+    return markdown([*head, "domains moved, %", "gradient norm / control's"], rows)
+
+
+def controls_table(lines):
+    """What longer training alone brings: the final loss of controls, less that of the shortest of the same order."""
+    rows = []
+    for start, shortest in ((START, SHORT), ("", WHOLE)):
+        for corpus in CORPORA:
+            for times in (2, 4):
+                pairs = [
+                    (lines[run], lines[run._replace(iterations=shortest)])
+                    for run in lines
+                    if (run.corpus, run.start, run.rule, run.iterations) == (corpus, start, "control", times * shortest)
+                ]
+                if pairs:
+                    gains = [long["test_loss"][-1] - short["test_loss"][-1] for long, short in pairs]
+                    row = [corpus, "the scored run's weights" if start else "scratch", f"{times * shortest}"]
+                    rows.append([*row, f"{times}", str(len(gains)), said(gains)])
+    return markdown(["corpus", "from", "iterations", "time / control's", "orders", "test loss beside control"], rows)
+
+
+def print_tables(path):
+    with open(path, encoding="utf-8") as file:
+        lines = {Run(*line["run"]): line for line in map(json.loads, file)}
+    print(f"## From the scored run's weights\n\n{gains_table(lines, START, SHORT)}")
+    print(f"## From scratch\n\n{gains_table(lines, '', WHOLE)}")
+    print(f"## What more time alone brings\n\n{controls_table(lines)}")
+    print(f"## What is chosen\n\n{choice_table(lines, START, SHORT)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the scored runs; default: 1 2 3")
@@ -216,6 +335,9 @@ def main():
     parser.add_argument("--tables", action="store_true", help="print the tables, run nothing")
     args = parser.parse_args()
 
+    if args.tables:
+        print_tables(args.results)
+        return
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_worker) as pool:
         try:
             for runs in list(plan(args.seeds))[: args.rounds]:
