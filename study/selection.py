@@ -66,16 +66,17 @@ CONTROL, CLEARER = [("control", 1.0, "fresh")], [("top", 2.0, "m 128")]
 ARMS = [("top", 1.25, "fresh"), ("top", 2.0, "fresh"), ("sampling", 2.0, "fresh")]
 ARMS += [("negatives", 1.0, "fresh"), ("negatives", 1.5, "fresh"), ("top", 2.0, "averaged")]
 BETWEEN = [("top", 1.1, "fresh"), ("top", 1.5, "fresh")]
-AFRESH = [("control", 1.0, "fresh"), ("top", 1.25, "fresh"), ("top", 2.0, "fresh"), ("negatives", 1.0, "fresh")]
+AFRESH = [("control", 1.0, "fresh"), ("top", 2.0, "fresh"), ("negatives", 1.0, "fresh"), ("top", 1.25, "fresh")]
 ROUNDS = [  # (start, iterations, orders, whether of every seed, arms); longer controls are what the time of an arm buys
-    (START, SHORT, (1,), False, CONTROL + ARMS + BETWEEN),
+    (START, SHORT, (1,), False, CONTROL + ARMS),
+    (START, 2 * SHORT, (1,), False, CONTROL),
+    (START, 4 * SHORT, (1,), False, CONTROL),
     (START, SHORT, (2,), False, CONTROL + ARMS),
-    (START, 2 * SHORT, (1, 2), False, CONTROL),
-    (START, 4 * SHORT, (1, 2), False, CONTROL),
     ("", WHOLE, (1,), False, AFRESH),
     (START, SHORT, (3,), False, CONTROL + ARMS),
-    (START, SHORT, (2, 3), False, BETWEEN),
-    (START, SHORT, (1, 2, 3), False, CLEARER),
+    (START, 2 * SHORT, (2, 3), False, CONTROL),
+    (START, 4 * SHORT, (2, 3), False, CONTROL),
+    (START, SHORT, (1, 2, 3), False, BETWEEN + CLEARER),
     ("", WHOLE, (2,), False, AFRESH),
     (START, SHORT, (1, 2, 3), True, CONTROL + ARMS),
     ("", 2 * WHOLE, (1, 2), False, CONTROL),
