@@ -34,7 +34,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
 import train  # noqa: E402
-from data_value import Directions  # noqa: E402
+from data_value import Directions, set_direction, validation_gradient  # noqa: E402
 from study import CENTRE, RETRAIN, T, damage_of  # noqa: E402
 from support.configurator import check  # noqa: E402
 from support.corpus import window_domains  # noqa: E402
@@ -49,6 +49,7 @@ from support.windows import Windows  # noqa: E402
 CORPORA = (CLEAN, DAMAGED, "wild")
 START, SHORT, WHOLE = str(ITERATIONS), ITERATIONS // 10, RETRAIN["max_iters"]
 DIRECTIONS = {"fresh": {}, "averaged": dict(val_average=32), "m 128": dict(val_batch_size=128)}  # fresh: CENTRE's m 16
+REFERENCE = 512  # validation windows of the real dots
 
 
 class Run(NamedTuple):
@@ -82,6 +83,8 @@ ROUNDS = [  # (start, iterations, orders, whether of every seed, arms); longer c
     ("", 2 * WHOLE, (1, 2), False, CONTROL),
     ("", 4 * WHOLE, (1, 2), False, CONTROL),
 ]
+
+MEASURED = [Run(corpus, START, *arm, SHORT, 1, 1) for corpus in CORPORA for arm in ARMS]  # what their dots are worth
 
 
 def plan(seeds):
@@ -149,10 +152,19 @@ def step(model, optimizer, x, y, grad_clip):
     return loss.item(), norm.item()
 
 
-def train_selecting(run):
+def real_dots(model, directions, optimizer, windows, x, y):
+    """The dots by REFERENCE validation windows that no direction of the run is made of, at the same weights: (n,)."""
+    tokens, order, _ = windows.val_sets["all"]
+    reference = windows.batch(tokens, order.take(order.n - REFERENCE, REFERENCE)[0])
+    gradient, _ = validation_gradient(model, *reference, windows.B)
+    set_direction(directions.buffers, gradient, optimizer)
+    return dots_of(model, directions, x, y)[0]
+
+
+def train_selecting(run, measured=False):
     """
     (model, found) of a Run: its test losses at `iter`, the CPU time `step_ms` of the median step without evaluations,
-    and what `describe` says of the choice.
+    and what `describe` says of the choice. `measured` adds what the dots are worth: `measure`.
     """
     knobs, ranks = knobs_of(run), Ranks()
     windows, B = Windows(knobs), knobs.batch_size
@@ -162,7 +174,8 @@ def train_selecting(run):
     betas = (knobs.beta1, knobs.beta2)
     optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas)
     directions = Directions(model, windows.val_sets, knobs) if run.rule != "control" else None
-    rng, found, log = np.random.default_rng(knobs.seed), dict(iter=[], test_loss=[]), []
+    rng, found = np.random.default_rng(knobs.seed), dict(iter=[], test_loss=[])
+    log, real = [], []
     for iter_num in range(run.iterations):
         started = time.process_time()
         for group in optimizer.param_groups:
@@ -175,6 +188,8 @@ def train_selecting(run):
             directions.fill(optimizer)
             dots, all_loss = dots_of(model, directions, x, y)
             chosen = choose(dots, run.rule, B, rng)
+        if measured and iter_num % 8 == 4:
+            real.append(measure(dots, real_dots(model, directions, optimizer, windows, x, y), chosen))
         loss, norm = step(model, optimizer, x[chosen], y[chosen], knobs.grad_clip)
         seconds = time.process_time() - started
         log.append(dict(ids=ids, chosen=chosen, dots=dots, losses=(all_loss, loss), norm=norm, seconds=seconds))
@@ -182,7 +197,18 @@ def train_selecting(run):
             found["iter"].append(iter_num + 1)
             found["test_loss"].append(train.evaluate(model, windows, *windows.test_sets["test_loss"], knobs, ranks))
     found["step_ms"] = 1000 * float(np.median([each["seconds"] for each in log]))
+    if measured:
+        found["real"] = np.mean(real, 0).tolist()
     return model, found | describe(run, log, windows.meta)
+
+
+def measure(dots, real, chosen):
+    """
+    Of the dots (n,) and the `real` ones: their correlation; the mean real dot of the candidates, of the chosen ones and
+    of as many that have the highest real dots.
+    """
+    best = np.sort(real)[-len(chosen) :]
+    return [float(np.corrcoef(dots, real)[0, 1]), *(float(each.mean()) for each in (real, real[chosen], best))]
 
 
 def describe(run, log, meta):
@@ -208,8 +234,9 @@ def describe(run, log, meta):
 
 
 def run_one(run):
+    """The results of a Run, or of (*Run, 'measured')."""
     started = time.perf_counter()
-    _, found = train_selecting(run)
+    _, found = train_selecting(Run(*run[:8]), measured=len(run) > 8)
     return found | dict(seconds=time.perf_counter() - started)
 
 
@@ -318,13 +345,36 @@ def controls_table(lines):
     return markdown(["corpus", "from", "iterations", "time / control's", "orders", "test loss beside control"], rows)
 
 
+def worth_table(lines, measured):
+    """
+    Beside the dots by REFERENCE validation windows, the dots of all candidates being 1. The last column divides the
+    real dot of the chosen by the norm of their gradient: AdamW's steps do not grow with it.
+    """
+    rows = []
+    for line in measured:
+        run, (correlation, everyone, chosen, best) = Run(*line["run"][:8]), line["real"]
+        control = run._replace(rule="control", ratio=1.0, direction="fresh")
+        if control not in lines:
+            continue
+        longer = line["norm"] / lines[control]["norm"]
+        row = [run.corpus, f"{run.rule}, {run.direction}", f"{run.ratio:g}", f"{correlation:.2f}"]
+        row += [f"{line['dot'][1] / line['dot'][0]:.2f}", f"{chosen / everyone:.2f}", f"{best / everyone:.2f}"]
+        rows.append([*row, f"{longer:.2f}", f"{chosen / everyone / longer:.2f}"])
+    head = ["corpus", "trained on", "candidates / batch", "correlation with the real dots", "dot of the chosen"]
+    head += ["real dot of the chosen", "of the best", "gradient norm / control's", "real dot / norm"]
+    return markdown(head, rows)
+
+
 def print_tables(path):
     with open(path, encoding="utf-8") as file:
-        lines = {Run(*line["run"]): line for line in map(json.loads, file)}
+        everything = list(map(json.loads, file))
+    lines = {Run(*line["run"]): line for line in everything if "real" not in line}
+    measured = [line for line in everything if "real" in line]
     print(f"## From the scored run's weights\n\n{gains_table(lines, START, SHORT)}")
     print(f"## From scratch\n\n{gains_table(lines, '', WHOLE)}")
     print(f"## What more time alone brings\n\n{controls_table(lines)}")
     print(f"## What is chosen\n\n{choice_table(lines, START, SHORT)}")
+    print(f"## What the dots are worth\n\n{worth_table(lines, measured)}")
 
 
 def main():
@@ -343,6 +393,7 @@ def main():
         try:
             for runs in list(plan(args.seeds))[: args.rounds]:
                 run_all(pool, run_one, runs, args.results)
+            run_all(pool, run_one, [(*run, "measured") for run in MEASURED], args.results)
         except BaseException:  # one run has failed: begin no other
             pool.shutdown(wait=False, cancel_futures=True)
             raise
