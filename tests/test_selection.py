@@ -135,6 +135,20 @@ def test_the_study_goes_on_and_its_tables_have_its_numbers(tiny, monkeypatch, ca
     assert f"{np.mean(gains):+.4f}".replace("-", "−") in rows[0]
 
 
+def test_measuring_the_dots_changes_nothing(tiny, monkeypatch):
+    run = selection.Run("tiny", "", "top", 2.0, "fresh", 8, 1, 1)
+    plain, _ = selection.train_selecting(run)
+    monkeypatch.setattr(selection, "REFERENCE", 4)
+    model, found = selection.train_selecting(run, measured=True)
+    assert all(torch.equal(weight, plain.state_dict()[name]) for name, weight in model.state_dict().items())
+    correlation, everyone, chosen, best = found["real"]
+    assert -1 <= correlation <= 1 and best >= chosen and best > everyone
+
+    dots, real = np.array([3.0, 1.0, 2.0, 0.0]), np.array([1.0, 2.0, 3.0, -2.0])
+    oracle = [np.corrcoef(dots, real)[0, 1], 1.0, 2.0, 2.5]
+    assert selection.measure(dots, real, np.array([0, 2])) == pytest.approx(oracle)
+
+
 def control_of(line):
     return selection.Run(*line["run"])._replace(rule="control", ratio=1.0, direction="fresh")
 
