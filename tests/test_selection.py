@@ -108,6 +108,8 @@ def test_the_study_goes_on_and_its_tables_have_its_numbers(tiny, monkeypatch, ca
     arms = [("control", 1.0, "fresh"), ("top", 2.0, "fresh"), ("negatives", 1.0, "averaged")]
     monkeypatch.setattr(selection, "CORPORA", ("tiny",))
     monkeypatch.setattr(selection, "WHOLE", 8)
+    monkeypatch.setattr(selection, "REFERENCE", 4)
+    monkeypatch.setattr(selection, "MEASURED", [selection.Run("tiny", "", "top", 2.0, "fresh", 8, 1, 1)])
     plan = [("", 8, (1,), True, arms), ("", 32, (1,), False, arms[:1])]
 
     def lines_after(rounds):
@@ -121,18 +123,21 @@ def test_the_study_goes_on_and_its_tables_have_its_numbers(tiny, monkeypatch, ca
 
     first = lines_after(1)
     lines = lines_after(2)
-    assert lines[:6] == first and len(lines) == 7
-    by_run = {selection.Run(*line["run"]): line for line in lines}
+    assert lines[:7] == first and len(lines) == 8
+    by_run = {selection.Run(*line["run"]): line for line in lines if "real" not in line}
     for run, line in by_run.items():
         assert line["iter"] == list(range(run.iterations // 8, run.iterations + 1, run.iterations // 8))
         assert run.rule != "top" or (line["batch"] == 8 and line["dot"][1] > line["dot"][0])
         assert run.rule == "control" or sum(chosen for _, chosen in line["domains"].values()) == pytest.approx(1)
     monkeypatch.setattr(sys, "argv", ["selection.py", "--tables", "--results=lines.jsonl"])
     selection.main()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny | top, fresh | 2 | 2 |")]
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in printed if line.startswith("| tiny | top, fresh | 2 | 2 |")]
     tops = [line for run, line in by_run.items() if run.rule == "top"]
     gains = [line["test_loss"][-1] - by_run[control_of(line)]["test_loss"][-1] for line in tops]
     assert f"{np.mean(gains):+.4f}".replace("-", "−") in rows[0]
+    correlation = next(f"{line['real'][0]:.2f}" for line in lines if "real" in line)
+    assert any(line.startswith(f"| tiny | top, fresh | 2 | {correlation} |") for line in printed)
 
 
 def test_measuring_the_dots_changes_nothing(tiny, monkeypatch):
