@@ -63,28 +63,28 @@ class Run(NamedTuple):
     order: int
 
 
-CONTROL, CLEARER = [("control", 1.0, "fresh")], [("top", 2.0, "m 128")]
-ARMS = [("top", 1.25, "fresh"), ("top", 2.0, "fresh"), ("sampling", 2.0, "fresh")]
-ARMS += [("negatives", 1.0, "fresh"), ("negatives", 1.5, "fresh"), ("top", 2.0, "averaged")]
-BETWEEN = [("top", 1.1, "fresh"), ("top", 1.5, "fresh")]
-AFRESH = [("control", 1.0, "fresh"), ("top", 2.0, "fresh"), ("negatives", 1.0, "fresh"), ("top", 1.25, "fresh")]
+CONTROL = [("control", 1.0, "fresh")]
+TOPS = [("top", 1.25, "fresh"), ("top", 2.0, "fresh"), ("negatives", 1.5, "fresh")]
+OTHERS = [("sampling", 2.0, "fresh"), ("negatives", 1.0, "fresh"), ("top", 2.0, "averaged")]
+REST = [("top", 1.1, "fresh"), ("top", 1.5, "fresh"), ("top", 2.0, "m 128")]
+AFRESH = [*CONTROL, ("top", 2.0, "fresh"), ("negatives", 1.0, "fresh"), ("top", 1.25, "fresh")]
 ROUNDS = [  # (start, iterations, orders, whether of every seed, arms); longer controls are what the time of an arm buys
-    (START, SHORT, (1,), False, CONTROL + ARMS),
+    (START, SHORT, (1,), False, CONTROL + TOPS + OTHERS),
     (START, 2 * SHORT, (1,), False, CONTROL),
     (START, 4 * SHORT, (1,), False, CONTROL),
-    (START, SHORT, (2,), False, CONTROL + ARMS),
+    (START, SHORT, (2,), False, CONTROL + TOPS),
     ("", WHOLE, (1,), False, AFRESH),
-    (START, SHORT, (3,), False, CONTROL + ARMS),
+    (START, SHORT, (2, 3), False, CONTROL + TOPS + OTHERS),
+    (START, SHORT, (1, 2, 3), True, CONTROL + TOPS),
     (START, 2 * SHORT, (2, 3), False, CONTROL),
     (START, 4 * SHORT, (2, 3), False, CONTROL),
-    (START, SHORT, (1, 2, 3), False, BETWEEN + CLEARER),
+    (START, SHORT, (1, 2, 3), False, REST),
     ("", WHOLE, (2,), False, AFRESH),
-    (START, SHORT, (1, 2, 3), True, CONTROL + ARMS),
-    ("", 2 * WHOLE, (1, 2), False, CONTROL),
-    ("", 4 * WHOLE, (1, 2), False, CONTROL),
+    ("", 2 * WHOLE, (1,), False, CONTROL),
+    ("", 4 * WHOLE, (1,), False, CONTROL),
 ]
-
-MEASURED = [Run(corpus, START, *arm, SHORT, 1, 1) for corpus in CORPORA for arm in ARMS]  # what their dots are worth
+# what the dots of these are worth
+MEASURED = [Run(corpus, START, *arm, SHORT, 1, 1) for corpus in CORPORA for arm in TOPS + OTHERS]
 
 
 def plan(seeds):
