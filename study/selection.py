@@ -83,8 +83,9 @@ ROUNDS = [  # (start, iterations, orders, whether of every seed, arms); longer c
     ("", 2 * WHOLE, (1,), False, CONTROL),
     ("", 4 * WHOLE, (1,), False, CONTROL),
 ]
+ALL = [("top", 1.0, "fresh"), ("top", 1.0, "averaged")]  # the control's own way, with dots that choose nothing
 # what the dots of these are worth
-MEASURED = [Run(corpus, START, *arm, SHORT, 1, 1) for corpus in CORPORA for arm in TOPS + OTHERS]
+MEASURED = [Run(corpus, START, *arm, SHORT, 1, 1) for corpus in CORPORA for arm in ALL + TOPS + OTHERS]
 
 
 def plan(seeds):
