@@ -48,7 +48,7 @@ ARMS = ("control", "random", "filtered")
 OWN = {f"--{knob}" for knob in ("out_dir", "init_from", "score", "filter_negative", "filter_pool", "drop_random")}
 LOOKS = (4, 8, 16, 32)  # orders after which --orders=auto asks for the verdict
 LEVEL = 0.05  # of a false verdict, divided among the looks
-CALIBRATION = 2.0  # nats of a retraining for each nat of a trial: the slope of study/foretell.md, ± 0.6
+CALIBRATION = 2.0  # nats of a retraining for each nat of a trial: the slope of study/foretell.md, not its intercept
 WORTH = 0.05  # the share of the iterations that 'no help' must exclude
 
 
@@ -130,10 +130,10 @@ def in_words(found, run, scope, share):
         more = "Not even 1,000 orders would tell."
     expected = saved(run, CALIBRATION * max(0.0, -found["effect"]))
     says = dict(helps=f"{what} helps: {measured}. Expect a retraining to need about {expected:.0%} fewer iterations.")
-    missed = "but trials have missed gains of 0.02 nats on undamaged text (study/foretell.md)."
-    says["harms"] = f"{what} harms: {measured}. A retraining would lose too, {missed}"
-    less = f"By this trial a retraining would save less than {WORTH:.0%} of the iterations, if any"
-    says["no help"] = f"{what} does not help: {measured}. {less}, {missed}"
+    doubt = "Retrainings have not confirmed such a verdict yet (study/foretell.md)."
+    says["harms"] = f"{what} harms: {measured}. {doubt}"
+    less = f"By this trial a retraining would save less than {WORTH:.0%} of the iterations, if any."
+    says["no help"] = f"{what} does not help: {measured}. {less} {doubt}"
     says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {more}"
     said = says[found["verdict"]]
     if found["spread"]:

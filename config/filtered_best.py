@@ -6,8 +6,8 @@
 #   python report.py out/baseline_best out/best_control out/best_filtered out/best_random
 #
 # First ask python trial.py out/baseline_best. Then run both controls: on undamaged text the study's gain is near its
-# noise, and trials find none. For --drop_random take the share that the coverage line calls negative. Run several seeds
-# (--seed=1 and so on) to see your own noise.
+# noise, and trials see a small harm. For --drop_random take the share that the coverage line calls negative. Run
+# several seeds (--seed=1 and so on) to see your own noise.
 # A run costs what a plain run costs: nothing is scored.
 
 out_dir = "out/best_{arm}"

@@ -90,6 +90,8 @@ class Compared:
         found, margin = {}, max(0.0, np.mean(self.worth) / slope)
         for seed in sorted({seed for seed, _ in self.trials}):
             orders = [order for (theirs, _), order in self.trials.items() if theirs == seed]
+            if len(orders) == 1:  # no interval, no verdict
+                continue
             arms = (*REFERENCES, "filtered")
             losses = {arm: [order[arm][self.condition.target][-1] for order in orders] for arm in arms}
             found[seed] = judge(losses, margin, LEVEL)["verdict"]

@@ -114,6 +114,29 @@ def test_the_effect_is_beside_both_references_and_the_fit_is_a_line():
     assert (slope, intercept, correlation) == pytest.approx((2, 1, 1)) and half == pytest.approx(0, abs=1e-6)
 
 
+def lines_of(condition, losses):
+    """{run: line} of {(seed, order, whether it is a trial): the final losses of control, random and filtered}."""
+    lines = {(condition.corpus, condition.values, seed): {} for seed, _, _ in losses}
+    for (seed, order, trial), three in losses.items():
+        for arm, loss in zip(("control", "random", "filtered"), three, strict=True):
+            run = tuple(foretell.run_of(condition, arm, seed, order, trial))
+            lines[run] = dict(run=run, iter=[0, 200, 400], dropped=0.4, test_loss=[5.0, loss + 0.1, loss])
+    return lines
+
+
+def test_means_by_seed_have_an_interval_over_seeds_and_one_order_has_no_verdict():
+    drops = {(1, 1): 0.010, (1, 2): 0.014, (2, 1): 0.030}  # of the trials; the retrained ones are ten times as large
+    losses = {(*key, True): (2.0, 2.0, 2.0 - drop) for key, drop in drops.items()}
+    losses |= {(*key, False): (2.0, 2.0, 2.0 - 10 * drop) for key, drop in drops.items()}
+    condition = foretell.CONDITIONS["undamaged"]
+    one = foretell_tables.Compared(lines_of(condition, losses), condition)
+    row = foretell_tables.seeds_table({"undamaged": one}).splitlines()[-1]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    half = 12.706 * np.std([0.012, 0.030], ddof=1) / 2**0.5
+    assert cells[:3] == ["undamaged", "−0.0120, −0.0300", f"−0.0210 ± {half:.4f}"] and cells[3] == "−0.1200, −0.3000"
+    assert one.verdicts(2.0) == {1: "cannot tell"}
+
+
 def test_every_eighth_document_of_the_large_corpus_and_prose_is_one_domain(tmp_path):
     rows = [dict(text=str(i), domain=("books", "svg")[i // 8 % 2]) for i in range(32)]
     (tmp_path / "wild.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

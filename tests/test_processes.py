@@ -143,9 +143,9 @@ def test_a_model_of_two_ddp_buckets_scored_then_filtered(home, n):  # noqa: F811
     same_run(f"out/{n}", "out/1", exact=False)
 
 
-def test_killed_on_four_processes_and_resumed_on_two_and_on_one(home):  # noqa: F811
+def test_killed_on_two_processes_and_resumed_on_four_and_on_one(home):  # noqa: F811
     flags = f"{FLAGS} --eval_iters=3 --lr_decay_iters=60"
-    ranks = start_ranks(4, f"{flags} --max_iters=100000 --out_dir=out/x")
+    ranks = start_ranks(2, f"{flags} --max_iters=100000 --out_dir=out/x")
     wait_for("out/x/dot_prod/dot_prod_log_iter_6.pt")
     for rank in ranks:
         rank.kill()
@@ -153,7 +153,7 @@ def test_killed_on_four_processes_and_resumed_on_two_and_on_one(home):  # noqa: 
     begun = torch.load("out/x/ckpt.pt", weights_only=True)["iter_num"]
     logs = [name for name in os.listdir("out/x/dot_prod") if name.endswith(".pt")]  # some may be behind the checkpoint
     more = f"{flags} --max_iters=100000 --out_dir=out/x --init_from=resume"
-    run = torchrun("--standalone --nproc_per_node=2", more)
+    run = torchrun("--standalone --nproc_per_node=4", more)
     last = max(int(name.removeprefix("dot_prod_log_iter_").removesuffix(".pt")) for name in logs)
     wait_for(f"out/x/dot_prod/dot_prod_log_iter_{last + 3}.pt")
     run.terminate()  # torchrun passes SIGTERM on

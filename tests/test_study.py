@@ -20,6 +20,7 @@ import fidelity  # noqa: E402
 import filters  # noqa: E402
 import filters_tables  # noqa: E402
 import foretell  # noqa: E402
+import foretell_tables  # noqa: E402
 import tables  # noqa: E402
 
 import prepare_owt  # noqa: E402
@@ -210,6 +211,16 @@ def test_the_readme_shows_the_tables_that_tables_py_makes(tmp_path, monkeypatch,
         return all(cell in cells for cell in row[:-1])
 
     assert len(rows) > 100 and not [row for row in rows if not any(left_out_columns(row, whole) for whole in made)]
+
+
+@pytest.mark.parametrize("page, script", [("foretell.md", foretell_tables), ("filters.md", filters_tables)])
+def test_a_page_shows_the_tables_that_its_script_makes(page, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [page, f"--out={tmp_path}"])
+    script.main()
+    made = set(capsys.readouterr().out.splitlines())
+    with open(f"{ROOT}/study/{page}", encoding="utf-8") as file:
+        rows = [line.rstrip("\n") for line in file if line.startswith("| ")]
+    assert len(rows) > 20 and not set(rows) - made
 
 
 def test_fidelity_agrees_with_itself_on_a_small_step(tmp_path, monkeypatch, in_this_process):

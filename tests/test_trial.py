@@ -93,7 +93,7 @@ def test_the_verdict_in_words_says_what_a_retraining_may_expect():
     assert f"about {expected:.0%} fewer iterations" in helps and helps.endswith("This holds for this checkpoint.")
     assert "(4 orders, ± half of a 0.95 interval)" in helps and "varies by 0.0001 nats, and by 0.0182 if" in helps
     assert "harms: +0.0050" in words(0.005, 0.1) and "does not help" in words(0.0, 1)
-    assert all("trials have missed gains" in words(*each) for each in ((0.005, 0.1), (0.0, 1)))
+    assert all("have not confirmed such a verdict" in words(*each) for each in ((0.005, 0.1), (0.0, 1)))
     needed = trial.judge(dict(control=CONTROL, filtered=CONTROL - 0.001 + NOISE), 0.001, 0.05)["orders_needed"]
     assert "Cannot tell whether dropping" in (said := words(-0.001, 1, 0.001)) and f"About {needed} orders" in said
 
@@ -245,7 +245,7 @@ def test_a_run_that_has_not_ended_is_tried_with_its_values_so_far(home):  # noqa
     assert "One order has no interval" in found["says"]
 
 
-def test_torchrun_s_processes_share_every_arm(scored, capsys):
+def test_the_processes_of_torchrun_s_environment_share_every_arm(scored, capsys):
     flags = "--orders=1 --arms=control,filtered --gradient_accumulation_steps=2 --batch_size=2"
     alone = run_trial(flags)
     os.rename("out/scored/trial", "alone")
