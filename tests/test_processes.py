@@ -35,9 +35,9 @@ def python(arguments, **environment):
         signal.signal(signal.SIGINT, switched_off)
 
 
-def torchrun(launch, flags):
+def torchrun(launch, flags, script="train.py"):
     """The command itself. Each of its processes takes seconds to import what it needs."""
-    return python(f"-m torch.distributed.run {launch} {ROOT}/train.py {flags}")
+    return python(f"-m torch.distributed.run {launch} {ROOT}/{script} {flags}")
 
 
 def afresh(flags, **environment):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_processes import forked, run_ranks
+from test_processes import forked, run_ranks, torchrun
 from test_run_folder import start_forks
 from test_train import TINY, baseline, call, corpus, home, metrics  # noqa: F401 (fixtures)
 
@@ -245,11 +245,17 @@ def test_a_run_that_has_not_ended_is_tried_with_its_values_so_far(home):  # noqa
     assert "One order has no interval" in found["says"]
 
 
-def test_the_processes_of_torchrun_s_environment_share_every_arm(scored, capsys):
+@pytest.mark.parametrize("by_torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_several_processes_share_every_arm(scored, capsys, by_torchrun):
     flags = "--orders=1 --arms=control,filtered --gradient_accumulation_steps=2 --batch_size=2"
     alone = run_trial(flags)
     os.rename("out/scored/trial", "alone")
-    run_ranks(2, f"out/scored --share=1 {flags}", functools.partial(forked, script="trial"))
+    if by_torchrun:
+        run = torchrun("--standalone --nproc_per_node=2", f"out/scored --share=1 {flags}", "trial.py")
+        _, err = run.communicate()
+        assert run.returncode == 0, err
+    else:
+        run_ranks(2, f"out/scored --share=1 {flags}", functools.partial(forked, script="trial"))
     two = read_json("out/scored/trial/trial.json")
     for arm in ("control", "filtered"):
         assert two["losses"][arm]["1"] == pytest.approx(alone["losses"][arm]["1"], abs=1e-5)
