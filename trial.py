@@ -130,7 +130,7 @@ def in_words(found, run, scope, share):
         more = "Not even 1,000 orders would tell."
     expected = saved(run, CALIBRATION * max(0.0, -found["effect"]))
     says = dict(helps=f"{what} helps: {measured}. Expect a retraining to need about {expected:.0%} fewer iterations.")
-    doubt = "Retrainings have not confirmed such a verdict yet (study/foretell.md)."
+    doubt = "On undamaged text, retrainings have gained in spite of such a verdict (study/foretell.md)."
     says["harms"] = f"{what} harms: {measured}. {doubt}"
     less = f"By this trial a retraining would save less than {WORTH:.0%} of the iterations, if any."
     says["no help"] = f"{what} does not help: {measured}. {less} {doubt}"
