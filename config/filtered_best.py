@@ -5,9 +5,9 @@
 #   python train.py config/filtered_best.py --drop_random=0.4        the other control, in out/best_random
 #   python report.py out/baseline_best out/best_control out/best_filtered out/best_random
 #
-# First ask python trial.py out/baseline_best. Then run both controls: on undamaged text the study's gain is below
-# the noise of a single run, and trials do not see it. For --drop_random take the share that the coverage line calls negative. Run
-# several seeds (--seed=1 and so on) to see your own noise.
+# First ask python trial.py out/baseline_best. Then run both controls: on undamaged text the study's gain is below the
+# noise of a single run, and trials do not see it. For --drop_random take the share that the coverage line calls
+# negative. Run several seeds (--seed=1 and so on) to see your own noise.
 # A run costs what a plain run costs: nothing is scored.
 
 out_dir = "out/best_{arm}"
