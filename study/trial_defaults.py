@@ -48,20 +48,8 @@ VARIANTS = [Variant(state, peak) for peak in (0.5, 0.25, 1.0) for state in ("fre
 VARIANTS += [Variant(share=0.05), Variant(share=0.3)]
 
 
-class Trial(NamedTuple):
-    """A foretell.Run that is an arm of a trial, and what the variant changes besides `iterations`."""
-
-    corpus: str
-    values: str
-    column: str
-    pool: str
-    arm: str
-    start: str
-    iterations: int
-    seed: int
-    order: int
-    state: str
-    peak: float
+# a foretell.Run that is an arm of a trial, and what the variant changes besides `iterations`
+Trial = NamedTuple("Trial", [*foretell.Run.__annotations__.items(), ("state", str), ("peak", float)])
 
 
 def trial_of(variant, condition, arm, seed, order):
