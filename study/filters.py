@@ -25,14 +25,12 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import foretell
 import numpy as np
-from foretell import CLEAN, ITERATIONS, TRIAL, prepare_worker, run_all, run_here, scored_folder, wild_documents
+from foretell import CLEAN, ITERATIONS, TRIAL, prepare_worker, run_all, run_here, scored_folder, wild_documents, workers
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
@@ -389,16 +387,12 @@ def main():
     documents = wild_documents(args.source) if source == "wildpile" else documents_of(texts)
     prepare(documents, SOURCES[source][0], lambda domain: domain != "german_manuals")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), begin_worker) as pool:
-        try:
-            for orders, values, arms in rounds_of(source)[: args.rounds]:
-                for seed in seeds:
-                    run_all(pool, run_scored, [Scored(source, seed, each) for each in values], args.results)
-                    runs = [Arm(source, seed, order, *arm) for order in orders for arm in arms]
-                    run_all(pool, partial(run_arm, args.known), runs, args.results)
-        except BaseException:  # one run has failed: begin no other
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with workers(args.jobs, begin_worker) as pool:
+        for orders, values, arms in rounds_of(source)[: args.rounds]:
+            for seed in seeds:
+                run_all(pool, run_scored, [Scored(source, seed, each) for each in values], args.results)
+                runs = [Arm(source, seed, order, *arm) for order in orders for arm in arms]
+                run_all(pool, partial(run_arm, args.known), runs, args.results)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -286,6 +286,17 @@ def run_arm(run):
     return dict(dropped=dropped, coverage=coverage, seconds=time.perf_counter() - started, **losses)
 
 
+@contextmanager
+def workers(jobs, begin):
+    """A pool of so many processes, each of which calls `begin` first. When a run has failed, no other begins."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def run_all(pool, function, runs, path):
     """The runs that have no line in the file `path` yet; writes their lines as they come."""
     done = set()
@@ -314,15 +325,11 @@ def main():
     make_corpora(args.minipile, args.wildpile)
     rounds = [tuple(map(int, orders.split(":"))) for orders in args.rounds.split(",")]
     conditions = [CONDITIONS[name] for name in args.conditions]
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_worker) as pool:
-        try:
-            for scored, runs in plan(conditions, args.first_seed, args.seeds, rounds):
-                run_all(pool, run_scored, [job for job in scored if job[1] != "unseen"], args.results)
-                run_all(pool, run_unseen, [job for job in scored if job[1] == "unseen"], args.results)
-                run_all(pool, run_arm, runs, args.results)
-        except BaseException:  # one run has failed: begin no other
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with workers(args.jobs, prepare_worker) as pool:
+        for scored, runs in plan(conditions, args.first_seed, args.seeds, rounds):
+            run_all(pool, run_scored, [job for job in scored if job[1] != "unseen"], args.results)
+            run_all(pool, run_unseen, [job for job in scored if job[1] == "unseen"], args.results)
+            run_all(pool, run_arm, runs, args.results)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,11 @@ import json
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from foretell import CLEAN, DAMAGED, ITERATIONS, PERCENT, TRIAL, prepare_worker, run_all, scored_folder
+from foretell import CLEAN, DAMAGED, ITERATIONS, PERCENT, TRIAL, prepare_worker, run_all, scored_folder, workers
 from foretell_tables import said
 from tables import markdown, saving
 
@@ -257,10 +255,14 @@ def loss_after(lines, control, iterations):
     return float(np.interp(np.log(iterations), *np.array([(np.log(n), loss) for n, loss in known]).T))
 
 
+def control_of(run):
+    return run._replace(rule="control", ratio=1.0, direction="fresh")
+
+
 def pairs_of(lines, start, iterations, corpora, arm):
     """[(run, its line, the line of the control of the same order)] of an arm, (rule, ratio, direction)."""
     runs = [run for run in lines if (run.start, run[2:5], run.iterations) == (start, arm, iterations)]
-    controls = {run: run._replace(rule="control", ratio=1.0, direction="fresh") for run in runs}
+    controls = {run: control_of(run) for run in runs}
     found = [run for run in runs if run.corpus in corpora and controls[run] in lines]
     return [(run, lines[run], lines[controls[run]]) for run in found]
 
@@ -274,7 +276,7 @@ def compared(lines, pairs):
     found = dict(effect=[], cost=[], paid=[], saved=[], longer=[])
     for run, ours, theirs in pairs:
         cost, final = ours["step_ms"] / theirs["step_ms"], ours["test_loss"][-1]
-        control = run._replace(rule="control", ratio=1.0, direction="fresh")
+        control = control_of(run)
         bought = loss_after(lines, control, cost * run.iterations)
         found["cost"].append(cost)
         found["effect"].append(final - theirs["test_loss"][-1])
@@ -354,7 +356,7 @@ def worth_table(lines, measured):
     rows = []
     for line in measured:
         run, (correlation, everyone, chosen, best) = Run(*line["run"][:8]), line["real"]
-        control = run._replace(rule="control", ratio=1.0, direction="fresh")
+        control = control_of(run)
         if control not in lines:
             continue
         longer = line["norm"] / lines[control]["norm"]
@@ -390,14 +392,10 @@ def main():
     if args.tables:
         print_tables(args.results)
         return
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_worker) as pool:
-        try:
-            for runs in list(plan(args.seeds))[: args.rounds]:
-                run_all(pool, run_one, runs, args.results)
-            run_all(pool, run_one, [(*run, "measured") for run in MEASURED], args.results)
-        except BaseException:  # one run has failed: begin no other
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with workers(args.jobs, prepare_worker) as pool:
+        for runs in list(plan(args.seeds))[: args.rounds]:
+            run_all(pool, run_one, runs, args.results)
+        run_all(pool, run_one, [(*run, "measured") for run in MEASURED], args.results)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ has a line is not run again, so a study that was interrupted goes on; the scored
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -22,7 +20,7 @@ import filters
 import foretell
 import numpy as np
 import torch
-from foretell import CLEAN, CONDITIONS, HERE, ITERATIONS, make_corpora, run_all, run_of, run_scored
+from foretell import CLEAN, CONDITIONS, HERE, ITERATIONS, make_corpora, run_all, run_of, run_scored, workers
 from foretell_tables import effects, orders_of, read_lines, said
 from tables import markdown
 
@@ -237,14 +235,10 @@ def main():
         return
     make_corpora(args.minipile, args.wildpile)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), begin_worker) as pool:
-        try:
-            for scored, runs in plan(seeds, args.orders, args.retrainings):
-                run_all(pool, run_scored, scored, args.results)
-                run_all(pool, run_arm, runs, args.results)
-        except BaseException:  # one run has failed: begin no other
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with workers(args.jobs, begin_worker) as pool:
+        for scored, runs in plan(seeds, args.orders, args.retrainings):
+            run_all(pool, run_scored, scored, args.results)
+            run_all(pool, run_arm, runs, args.results)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def tiny(small, monkeypatch):  # noqa: F811
     monkeypatch.setattr(foretell, "ITERATIONS", 20)
     monkeypatch.setattr(foretell, "CHECKPOINTS", (20,))
     monkeypatch.setattr(selection, "TRIAL", foretell.TRIAL | dict(warmup_iters=1))
-    monkeypatch.setattr(selection, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(foretell, "ProcessPoolExecutor", AtOnce)
     texts = foretell.Knobs("tiny.jsonl", domain_field="domain", tokenizer="bytes")
     foretell.prepare(foretell.documents_of(texts), "tiny", lambda domain: True)
 

@@ -309,7 +309,7 @@ def small_filters(small, monkeypatch):
     monkeypatch.setattr(filters_tables, "FEW", (16,))
     monkeypatch.setattr(filters, "SHARES", (0.3,))
     monkeypatch.setattr(filters_tables, "SHARES", (0.3,))
-    monkeypatch.setattr(filters, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(foretell, "ProcessPoolExecutor", AtOnce)
     # every scored run and an arm of each kind, once
     kinds = ("control", "random", "sign", "highest quarter", "model", "one DSIR", "three both", "beyond error")
     plan = [

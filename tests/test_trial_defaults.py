@@ -29,7 +29,7 @@ def worker(tiny, monkeypatch):  # noqa: F811
     for name, value in dict(ITERATIONS=20, CENTRE=foretell.CENTRE, VARIANTS=VARIANTS, CHOSEN=chosen).items():
         monkeypatch.setattr(trial_defaults, name, value)
     monkeypatch.setattr(trial_defaults, "make_corpora", corpora)
-    monkeypatch.setattr(trial_defaults, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(foretell, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(trial_defaults.filters, "begin_worker", lambda: None)  # it is for a whole process
     for name in ("scored_folder", "WEIGHTS"):
         monkeypatch.setattr(foretell, name, getattr(foretell, name))
