@@ -7,9 +7,10 @@ every sample's gradient with each of K directions D_k. The layers below know how
 their weight gradient needs anyway. Autograd sums it over layers and over the two uses of a tied weight, because a
 derivative is linear.
 
-It is nearly free. A linear's weight gradient is a sum over samples, sum_i dY_i^T X_i. It is summed one sample at a
-time, and <sum so far, D_k> is taken after each: sample i's dot product is the difference of two such numbers. For each
-direction that is one multiplication in T more (support/operators.py).
+It is nearly free. A linear's weight gradient is a sum over samples, sum_i dY_i^T X_i. On a CPU it is summed one sample
+at a time, and <sum so far, D_k> is taken after each: sample i's dot product is the difference of two such numbers
+(support/operators.py). On a GPU the samples' gradients are written, and the kernel that adds them up dots them
+(support/kernels.py). For each direction that is one multiplication in T more.
 
 With G = grad of the mean loss of m validation windows, eta the learning rate, c the clipping coefficient and B the
 batch:
@@ -24,15 +25,13 @@ loss). To second order G is taken at the midpoint of the step: `retreat_to_midpo
 """
 
 import math
-from itertools import product
 
 import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from support import kernels, operators
-from support.operators import head_loss, head_slice, linear_grad
+from support.operators import head_loss, linear_grad
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers. Each is its torch.nn namesake until alpha, (B, K), is given; it then holds K directions beside each of its
@@ -186,31 +185,6 @@ class _LossHead(torch.autograd.Function):
         return dx, dw, None, dot if ctx.scored else None, None
 
 
-def weight_gradient_shapes(model, knobs):
-    """
-    (B, T, in, out) of every weight gradient with dots of a micro-batch, by the knobs batch_size, block_size, device and
-    dtype; those of the head's slices too.
-    """
-    B, T, dtype, shapes = knobs.batch_size, knobs.block_size, getattr(torch, knobs.dtype), []
-    for module in model.modules():
-        if isinstance(module, Linear):
-            n_out, n_in = module.weight.shape
-            head = isinstance(module, LossHead)
-            samples, length = head_slice(B, T, n_out, knobs.device.split(":")[0], dtype) if head else (B, T)
-            parts = product(range(0, B, samples), range(0, T, length))
-            shapes += [(min(samples, B - i), min(length, T - t), n_in, n_out) for i, t in parts]
-    return shapes
-
-
-def choose_kernels(model, knobs, n_directions):
-    """On a GPU, put the fastest correct kernels into operators.weight_gradients; returns lines to print."""
-    operators.weight_gradients = {}
-    shapes = {shape[2:]: shape for shape in sorted(weight_gradient_shapes(model, knobs))}  # of slices the largest
-    how = getattr(torch, knobs.dtype), operators.add_samples, n_directions
-    operators.weight_gradients, reason = kernels.choose(knobs.device, shapes.values(), *how)
-    return reason
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The directions.
 
@@ -247,7 +221,8 @@ def validation_gradient(model, x_val, y_val, micro_batch_size=None):
     gradient, total = None, params[0].new_zeros(())
     size = micro_batch_size or max(1, len(x_val))
     training = model.training
-    model.eval()
+    if training:
+        model.eval()
     for i in range(0, len(x_val), size):
         x, y = x_val[i : i + size], y_val[i : i + size]
         loss = model(x, y)[1] * (len(x) / len(x_val))
@@ -257,7 +232,8 @@ def validation_gradient(model, x_val, y_val, micro_batch_size=None):
             gradient = part
         else:
             torch._foreach_add_(gradient, part)
-    model.train(training)
+    if training:
+        model.train()
     gradient = gradient or [torch.zeros_like(p) for p in params]  # a rank may have none of few windows
     return dict(zip(params, gradient, strict=True)), total
 

@@ -8,8 +8,8 @@ One command on a machine with an NVIDIA GPU, and minutes later every figure of t
     make gpu-data SOURCE=<file>                    # text and GPT-2's BPE for stage 5, into gpu_data/, for a machine
                                                    # that has no network; SOURCE as prepare_owt.py's --source
 
-Stages: 1 what the machine is and can; 2 the tests that need a GPU; 3 the kernels' candidates and the head; 4 the steps
-of bench.py at 124M; 5 study/gpt2.py in the time that is left. Each is a process with a time limit, its share of the
+Stages: 1 what the machine is and can; 2 the tests that need a GPU; 3 the head and the weight gradients; 4 the steps of
+bench.py at 124M; 5 study/gpt2.py in the time that is left. Each is a process with a time limit, its share of the
 minutes that are left. None stops the others: what one has measured when it fails or is killed stays, and gpu.json,
 gpu.md and log.txt are written anew after each. The status is 1 if one failed.
 """
@@ -64,6 +64,7 @@ class Knobs:
         self.cuda = self.device != "cpu"
 
 
+PROPERTIES = ("name", "major", "minor", "multi_processor_count", "L2_cache_size", "total_memory")
 # 124M at the paper's batch; or what takes no time
 FULL = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, vocab_size=50304)
 TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=40, batch_size=4, vocab_size=257)
@@ -74,12 +75,19 @@ TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=40, batch_size=4, vocab_s
 
 
 def timed(run, device, repeats=10):
-    """Seconds of run(), the mean of `repeats` in a row after two that warm up."""
+    """Seconds of run(), the mean of `repeats` in a row after two that warm up; on a GPU its own, all being launched."""
+    import torch
+
     from bench import seconds
 
     for _ in range(2):
         run()
-    return seconds(lambda: [run() for _ in range(repeats)], device) / repeats
+    if device == "cpu":
+        return seconds(lambda: [run() for _ in range(repeats)], device) / repeats
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda._sleep(20_000_000)  # cycles, 10 ms: else a short run() would take what Python takes to launch it
+    events[0].record(), [run() for _ in range(repeats)], events[1].record(), torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) / 1000 / repeats
 
 
 def machine(knobs, report):
@@ -88,8 +96,7 @@ def machine(knobs, report):
 
     report(torch_cuda=str(torch.version.cuda), threads=torch.get_num_threads())
     if knobs.cuda:
-        gpu, names = torch.cuda.get_device_properties(0), ("name", "major", "minor", "multi_processor_count")
-        report(**{name: getattr(gpu, name) for name in (*names, "L2_cache_size", "total_memory")})
+        report(**{name: getattr(torch.cuda.get_device_properties(0), name) for name in PROPERTIES})
     a = torch.randn(2**28 if knobs.cuda else 2**16, device=knobs.device)  # 1 GB
     b = torch.empty_like(a)
     report(copy_gb_per_s=2 * a.nbytes / timed(lambda: b.copy_(a), knobs.device) / 1e9, copied_mb=a.nbytes / 2**20)
@@ -104,7 +111,8 @@ def gpu_tests(knobs, report):
     def run(paths):
         # Ten seconds before the stage's end no test is begun, and what hangs is killed so that the rest is counted.
         until = f"--until={time.time() + knobs.seconds - 10}"
-        command = [sys.executable, "-m", "pytest", "-vv", "-m", "gpu", "-p", "no:cacheprovider", until, *paths]
+        command = [sys.executable, "-m", "pytest", "-vv", "-m", "gpu", "-p", "no:cacheprovider", "--disable-warnings"]
+        command += [until, *paths]
         outcomes, begun, failed = Counter(), "", {}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         # without plugins that this machine may have; on a terminal so wide that a line is one line
@@ -136,8 +144,8 @@ def gpu_tests(knobs, report):
         with open(path, encoding="utf-8") as file:
             paths += [os.path.relpath(path, ROOT)] if "pytest.mark.gpu" in file.read() else []
     # A process for each file, since after an illegal access, say, nothing works any more on the GPU in its process, and
-    # three for kernels, which take a second or two each to compile.
-    words = "float32", "descriptors and not float32", "not descriptors and not float32"
+    # two for kernels, which take a second or two each to compile.
+    words = "float32", "not float32"
     groups = [[path, "-k", word] for path in paths if "kernels" in path for word in words]
     groups += [[path] for path in paths if "kernels" not in path]
     groups = groups if knobs.cuda else [paths]
@@ -148,15 +156,15 @@ def gpu_tests(knobs, report):
     assert passed["PASSED"] or not knobs.cuda, "no test has found a GPU"
 
 
-def candidates(knobs, report):
-    """The head beside the compiler's, the row kernels, the weight gradient's candidates beside cuBLAS."""
+def products(knobs, report):
+    """The head beside the compiler's, its kernel, the weight gradients with dots beside cuBLAS's without."""
     import torch
     from torch.nn import functional as F
 
     import bench
     import data_value
     from model import GPT
-    from support import kernels, operators, row_kernels
+    from support import kernels, operators
     from support.cost import peak_tflops
 
     size, device, dtype = FULL if knobs.cuda else TINY, knobs.device, torch.bfloat16
@@ -180,20 +188,23 @@ def candidates(knobs, report):
         ms = 1000 * timed(lambda run=run: step(*run), device)
         report(head=name, ms=ms, tflops=6 * B * T * C * V / ms / 1e9)
 
-    launches = dict(cross_entropy_rows=(torch.randn(B * T, V, device=device, dtype=dtype), targets.view(-1), 1.0, True))
-    for name, arguments in launches.items() if knobs.cuda else ():
-        launch, traffic = getattr(row_kernels, name), getattr(row_kernels, f"{name}_traffic")
-        seconds = timed(lambda launch=launch, arguments=arguments: launch(*arguments), device)
-        report(kernel=name, ms=1000 * seconds, gb_per_s=traffic(*arguments)[0] / seconds / 1e9)
+    rows = torch.randn(B * T, V, device=device, dtype=dtype), targets.view(-1), 1.0, True
+    if knobs.cuda:
+        report(kernel="rows", ms=1000 * timed(lambda: kernels.cross_entropy_rows(*rows), device))
 
-    peak = peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else 0.0
-    shape = bench.Knobs(**size, device=device, dtype="bfloat16")
+    peak = peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else None
     with torch.device("meta"):
-        model = GPT(bench.gpt_config(shape))
-    shapes = Counter(data_value.weight_gradient_shapes(model, shape))
-    for shape, count in shapes.items():
-        for row in kernels.candidates_report(device, [shape], dtype, 1, operators.add_samples):
-            report(calls=count, **row, of_peak=row["tflops"] / peak if row["tflops"] and peak else None)
+        model = GPT(bench.gpt_config(bench.Knobs(**size)))
+    shapes = Counter(module.weight.shape for module in model.modules() if isinstance(module, data_value.Linear))
+    for (n_out, n_in), count in shapes.items():
+        x, dy = (torch.randn(B, T, n, device=device, dtype=dtype) for n in (n_in, n_out))
+        dw, *direction = torch.randn(2, n_out, n_in, device=device)
+        flat, direction = (dy.flatten(0, 1).T, x.flatten(0, 1)), torch.stack(direction)
+        stock_ms = 1000 * timed(lambda flat=flat: torch.mm(*flat), device)
+        ms = 1000 * timed(lambda of=(dw, x, dy, direction): operators.add_samples(*of, None), device)
+        tflops = 2 * B * T * n_in * n_out / ms / 1e9
+        share = tflops / peak if peak else None
+        report(layers=count, n_in=n_in, n_out=n_out, cublas_ms=stock_ms, with_dots_ms=ms, tflops=tflops, of_peak=share)
 
 
 def steps(knobs, report):
@@ -214,7 +225,6 @@ def steps(knobs, report):
     ours.buffers = data_value.attach_directions(ours.model)  # now: what is compiled would be compiled again
     held["directions"] = memory() - held["ours"]
     owners = dict(plain=["ours"], stock=["theirs"])
-    print(data_value.choose_kernels(ours.model, shape, 1), flush=True)
 
     def arm(name, m=1):
         def run():
@@ -223,7 +233,11 @@ def steps(knobs, report):
 
         return run
 
+    def scored_micro():
+        ours.backward(torch.zeros(shape.batch_size, 1, device=shape.device, requires_grad=True))
+
     plan = dict(plain=arm("plain"), scored=arm("scored"), stock=None, val=arm("val"))
+    plan |= dict(micro=ours.backward, scored_micro=scored_micro)  # a further micro-batch of a step
     plan |= dict(scored4=arm("scored", 4), val4=arm("val", 4), order2=arm("order2"))  # 4: of m = 4 windows
     arms = {}
     for name, run in plan.items():
@@ -254,6 +268,9 @@ def steps(knobs, report):
             known = {key: ratio for key, ratio in medians.items() if not math.isnan(ratio)}
             if known:
                 report(val_batch_size=m, **known)
+        if "scored_micro" in times:
+            pairs = zip(times["scored_micro"], times["micro"], strict=True)
+            report(micro_batch_overhead=statistics.median(scored / plain - 1 for scored, plain in pairs))
 
 
 def figure2(knobs, report):
@@ -281,7 +298,7 @@ def figure2(knobs, report):
 
 # Each stage and its weight: the share of the time that is left is its weight's among those of the stages that have not
 # begun. Of six minutes the last one has at least 90 s.
-STAGES = {1: (machine, 2), 2: (gpu_tests, 3), 3: (candidates, 3), 4: (steps, 7), 5: (figure2, 5)}
+STAGES = {1: (machine, 2), 2: (gpu_tests, 4), 3: (products, 2), 4: (steps, 7), 5: (figure2, 5)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The process that runs them

@@ -27,9 +27,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_value import Directions, choose_kernels, retreat_to_midpoint, validation_gradient
+from data_value import Directions, retreat_to_midpoint, validation_gradient
 from model import GPT, GPTConfig
-from support import operators
 from support.configurator import UserError, check, check_training, configure
 from support.cost import line_of, step_cost, timed
 from support.processes import autocast, how_to_resume, keep_freed_memory, processes, watch_signals, without_traceback
@@ -163,13 +162,6 @@ def compile_model(model, knobs, ranks, n_test_sets):
     return DistributedDataParallel(compiled, **{buffers: False}), compiled
 
 
-def share_kernels(model, knobs, ranks, n_directions):
-    """Rank 0 chooses the kernels of the weight gradients, and says which; the others take the same."""
-    if ranks.rank == 0:
-        print(choose_kernels(model, knobs, n_directions))
-    operators.weight_gradients = ranks.broadcast(operators.weight_gradients, knobs.device)
-
-
 def state_of(model, optimizer, directions):
     """What a checkpoint keeps of these three; `directions` may be None."""
     state = dict(model=model.state_dict(), model_args=asdict(model.config), optimizer=optimizer.state_dict())
@@ -211,13 +203,14 @@ def fresh_gradients(net, windows, iter_num, knobs, ranks):
 @torch.no_grad()
 def evaluate(net, windows, tokens, ids, knobs, ranks):
     """Mean loss in nats of the windows `ids` of the Tokens, in eval mode; the ranks take turns at the batches."""
+    training = net.training
     net.eval()
     loss = torch.zeros((), device=knobs.device)
     for start in range(ranks.rank * knobs.batch_size, len(ids), ranks.world * knobs.batch_size):
         chunk = ids[start : start + knobs.batch_size]
         with autocast(knobs):
             loss += net(*windows.batch(tokens, chunk))[1] * (len(chunk) / len(ids))
-    net.train()
+    net.train(training)
     return ranks.total(loss).item()
 
 
@@ -264,13 +257,11 @@ def train(knobs, ranks, stack):
     del checkpoint
     folder.begin(model, windows.coverage)
     windows.describe(ranks)
-    if knobs.score:
-        share_kernels(model, knobs, ranks, len(directions.names))
     signalled = watch_signals(stack, ranks, knobs)
     watch = Watch(folder, model, windows)
 
     # training
-    model.train()
+    model.train(knobs.dropout > 0)  # else eval mode is the same, and Python takes a millisecond to change it and back
     micro_steps = knobs.gradient_accumulation_steps // ranks.world  # of this rank
     batches = stack.enter_context(closing(windows.batches(position, ranks)))
     val_loss, val_ms = torch.zeros((), device=knobs.device), 0.0

@@ -3,7 +3,7 @@ The paper's Figure 2 with GPT-2 124M in the time that there is: does it pay to l
 
     python study/gpt2.py --dataset=openwebtext --minutes=60    # on a GPU, into out/gpt2/; once more: it goes on
 
-A baseline values its windows with the directions of config/baseline_best.py for half of the time, N iterations. The
+A baseline values its windows with the directions of config/baseline_best.py for a third of the time, N iterations. The
 trial starts every arm from the baseline's checkpoint, for N / 10 iterations in which the learning rate falls to zero:
 the control, the filtered one (filter_negative) and one that drops the same share at random, with the same window in
 every slot that two arms both accept. It is repeated in other orders while there is time; when four have ended and all
@@ -169,7 +169,7 @@ def main():
         tokens = load_meta(f"{knobs.data_dir}/{knobs.dataset}")["splits"]["train"]["tokens"]
         epoch = (tokens - 1) // knobs.block_size // knobs.batch_size
         plan |= baseline_run(
-            knobs, f"{knobs.out_dir}/baseline", min(epoch, knobs.max_iters or epoch), 30 * knobs.minutes
+            knobs, f"{knobs.out_dir}/baseline", min(epoch, knobs.max_iters or epoch), 20 * knobs.minutes
         )
         print(
             "baseline: {iters:,} iterations in {baseline_s:.0f} s, {negative:.1%} negative".format(**plan), flush=True

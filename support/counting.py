@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from support import kernels, operators, row_kernels
+from support import kernels, operators
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What torch's operators move, one by one.
@@ -121,39 +121,28 @@ class AsOnGPU(TorchFunctionMode):
         return function(*args, **kwargs | ({"device": "meta"} if "device" in kwargs else {}))
 
 
-def count(name, args, gpu, fused):
-    """
-    {part: counts} of the operator `name` of support/operators.py on meta tensors `args`, by the first tile for
-    the weight gradient on a GPU of {"capability", "processors"}; without the row kernels where not `fused`.
-    """
+def count(name, args):
+    """{part: counts} of the operator `name` of support/operators.py on meta tensors `args`, on a GPU."""
     head = name == "head_loss"
-    n_in, n_out = args[0].shape[2], args[1].shape[0 if head else 2]
-    chosen = next(one for one in kernels.candidates(gpu["capability"], args[0].dtype) if one.block_t)
     weight = "head dW" if head else "dW"
     counter = Count("head products", weight, "head softmax" if head else weight)
 
-    def weight_gradient(dw, x, dy, direction, add, candidate):
-        shape, K = (*x.shape, dy.shape[2]), len(direction)
-        arguments = shape, x.dtype, K, add, candidate, gpu["processors"]
-        memory, l2 = kernels.weight_gradient_traffic(*arguments)
-        tile = kernels.direction_traffic(shape, x.dtype, K, candidate, gpu["processors"]) - size_of(direction)
-        _, bmm = kernels.weight_gradient_traffic(shape, x.dtype, K, add, kernels.BMM, gpu["processors"])
-        bmm -= kernels.operand_traffic(shape, x.dtype, 128, 256)  # what any product loads
-        operations = 2 * x.numel() * dy.shape[2]
-        counter.add(weight, bytes=memory, l2_bytes=l2 - tile, bmm_bytes=bmm, operations=operations)
-        counter.add("direction tile", l2_bytes=tile)
-        return dw.new_empty(len(x), K)
+    def weight_gradient(dw, x, dy, direction, add):
+        B, T, n_in = x.shape
+        shape, K = (B, T, n_in, dy.shape[2]), len(direction)
+        products, dots = kernels.weight_gradient_traffic(shape, x.dtype, K, add)
+        counter.add(weight, bytes=products, operations=2 * x.numel() * dy.shape[2])
+        counter.add("dots", bytes=dots)
+        return dw.new_empty(B, K)
 
     def cross_entropy_rows(logits, *arguments):
-        memory, l2 = row_kernels.cross_entropy_rows_traffic(logits, *arguments)
-        counter.add("head softmax", bytes=memory, l2_bytes=l2)
+        counter.add("head softmax", bytes=kernels.cross_entropy_rows_traffic(logits, *arguments))
         return logits.new_empty(len(logits), dtype=torch.float32)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(operators, "weight_gradients", {(n_in, n_out): chosen}))
         stack.enter_context(mock.patch.object(kernels, "weight_gradient", weight_gradient))
-        stack.enter_context(mock.patch.object(row_kernels, "cross_entropy_rows", cross_entropy_rows))
-        stack.enter_context(mock.patch.object(row_kernels, "runs_on", lambda x: fused))
+        stack.enter_context(mock.patch.object(kernels, "cross_entropy_rows", cross_entropy_rows))
+        stack.enter_context(mock.patch.object(kernels, "runs_on", lambda x: True))
         stack.enter_context(AsOnGPU())
         stack.enter_context(counter)
         getattr(operators, name).function(*args)
@@ -215,7 +204,7 @@ def compiled(run, autocast, logits):
     with (
         config.patch(cpu_backend="triton", fx_graph_cache=False),
         mock.patch.object(TensorVariable, "method_attr_is_cuda", on_gpu),
-        mock.patch.object(row_kernels, "runs_on", lambda x: True),
+        mock.patch.object(kernels, "runs_on", lambda x: True),
         mock.patch.object(operators, "head_slice", slice_on_gpu),
     ):
         with autocast:

@@ -1,11 +1,11 @@
 """
 The two sums over samples that decide what scoring costs: the weight gradient with its dots, and the head with its loss.
-torch.compile sees each as one node. On a CPU PyTorch computes them, on a GPU kernels.py and row_kernels.py.
+torch.compile sees each as one node. On a CPU PyTorch computes them, on a GPU kernels.py.
 """
 
 import torch
 
-from support import kernels, row_kernels
+from support import kernels
 
 
 def operator(function):
@@ -21,10 +21,6 @@ def operator(function):
     registered = getattr(torch.ops.data_value, function.__name__)
     registered.function = function
     return registered
-
-
-# {(in, out): a candidate of support/kernels.py}, which data_value.choose_kernels fills on a GPU; else PyTorch's way
-weight_gradients = {}
 
 
 @operator
@@ -54,9 +50,8 @@ def add_samples(dw, x, dy, direction, running):
     each sample's share costs two more passes over memory; blocks of rows that stay in cache cost more in small matrix
     products than they save.)
     """
-    candidate = weight_gradients.get((x.shape[2], dy.shape[2]), kernels.PLAIN)
-    if candidate != kernels.PLAIN and dw.dtype == torch.float32:
-        dots = kernels.weight_gradient(dw, x, dy, direction, running is not None, candidate)
+    if kernels.runs_on(x) and dw.dtype == torch.float32:
+        dots = kernels.weight_gradient(dw, x, dy, direction, running is not None)
         return dots, dots.new_empty(0)
     # What follows takes few calls: what Python takes between two of them, the cores of a CPU wait.
     flat_direction = direction.flatten(1)
@@ -126,7 +121,7 @@ def head_loss(
     V = len(weight)
     loss, dx, dw, dots = head_results(x, weight, targets, direction, backward)
     loss.zero_(), dots.zero_()
-    fused, running, beta = row_kernels.runs_on(x), None, 0
+    fused, running, beta = kernels.runs_on(x), None, 0
     samples, length = head_slice(B, T, V, x.device.type, x.dtype)
     for i in range(0, B, samples):
         for t in range(0, T, length):
@@ -135,7 +130,7 @@ def head_loss(
             if fused:  # the logits stay as the product gives them; their gradient takes their place
                 dy = x[part] @ weight.T
                 scale, index = 1 / (B * T), targets[part].contiguous().view(-1)
-                loss += row_kernels.cross_entropy_rows(dy.flatten(0, 1), index, scale, backward).sum()
+                loss += kernels.cross_entropy_rows(dy.flatten(0, 1), index, scale, backward).sum()
                 if not backward:
                     continue
                 add_products(dx[part].view(-1, C), dy.flatten(0, 1), weight, beta=0)
@@ -168,7 +163,7 @@ def head_results(x, weight, targets, direction, backward):
     B, T, _ = x.shape
     K = 0 if direction is None else len(direction)
     full = torch.promote_types(x.dtype, torch.float32)
-    rounded = x.dtype if row_kernels.runs_on(x) else full
+    rounded = x.dtype if kernels.runs_on(x) else full
     one_slice = head_slice(B, T, len(weight), x.device.type, x.dtype) == (B, T)
     dtypes = full, rounded, rounded if K == 0 and one_slice else full, full
     shapes = ((), x.shape, weight.shape, (B, K)) if backward else ((), (0,), (0,), (0,))

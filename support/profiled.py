@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 # called after the operators that they fuse. On a CPU operators take the place of kernels.
 PARTS = {
     "attention": (["attention"], "attention|flash|sdpa|fmha"),
-    "dW": (["dW", "head dW", "direction tile"], "pointers_kernel|descriptors_kernel|add_and_dot_kernel|linear_grad"),
+    "dW": (["dW", "head dW"], "linear_grad"),
+    "dots": (["dots"], "add_and_dot_kernel"),
     "forward, dX": (["forward", "dX"], None),  # these two products are told apart from dW by their shapes
     "head products": (["head products"], None),
     "products": ([], r"gemm|gemv|nvjet|cutlass|cublas|splitk|aten::\w*mm"),  # which of them is not known

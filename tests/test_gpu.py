@@ -22,10 +22,9 @@ from test_run_folder import SCORED, Script, same_run, wait_for_training
 from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import bench
-import data_value
 import gpu
 import train
-from support import carry, kernels, operators, profiled, stages, unexecuted
+from support import carry, profiled, stages, unexecuted
 
 sys.path.insert(0, f"{ROOT}/study")
 
@@ -42,7 +41,6 @@ def scored_step(device, dtype):
     shape = dict(n_layer=2, n_head=2, n_embd=96, block_size=72, batch_size=6, vocab_size=515, bias=True)
     knobs = bench.Knobs(device=device, dtype=dtype, value_direction="sgd", **shape)
     run = bench.Bench(knobs, stock=False)  # its weights and windows are drawn on the CPU
-    data_value.choose_kernels(run.model, knobs, 1)
     dots, gradients = run.scored_backward(), [p.grad for p in run.model.parameters()]
     with torch.no_grad(), run.autocast:
         loss = run.net(run.x, run.y)[1]
@@ -57,23 +55,16 @@ def scored_step(device, dtype):
         pytest.param("cuda", "bfloat16", 0.02, id="cuda-bfloat16", marks=pytest.mark.gpu),
     ],
 )
-def test_a_scored_step_is_that_of_the_cpu_in_float32(monkeypatch, tmp_path, device, dtype, tolerance):
-    monkeypatch.setattr(operators, "weight_gradients", {})  # and as it was, afterwards
-    monkeypatch.setattr(kernels, "cache_file", lambda: f"{tmp_path}/kernels.json")
-    candidates = kernels.candidates
-    monkeypatch.setattr(kernels, "candidates", lambda *gpu: candidates(*gpu)[2:3])  # one tile is enough to compile
+def test_a_scored_step_is_that_of_the_cpu_in_float32(device, dtype, tolerance):
     expected = scored_step("cpu", "float32")
     for ours, theirs in zip(scored_step(device, dtype), expected, strict=True):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
-    assert bool(set(operators.weight_gradients.values()) - {kernels.PLAIN}) == (device == "cuda")  # a kernel was used
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(home, monkeypatch, device):  # noqa: F811
+def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(home, device):  # noqa: F811
     flags = f"{SCORED} --checkpoint_interval=2 --max_iters=30 --learning_rate=1e-3 --device={device}"
-    monkeypatch.setattr(kernels, "candidates", lambda *_: [kernels.PLAIN])  # nothing has to be compiled
-    plain = "from support import kernels as k; k.candidates = lambda *_, plain=k.PLAIN: [plain]"
-    run = Script(f"{flags} --out_dir=out/killed", plain)
+    run = Script(f"{flags} --out_dir=out/killed")
     wait_for_training(run)
     while not os.path.exists("out/killed/dot_prod"):  # the first checkpoint behind a step
         time.sleep(0.01)
@@ -107,10 +98,11 @@ def test_the_rehearsal_runs_every_stage_and_executes_almost_every_line(tmp_path)
     assert [stage["status"] for stage in results.values()] == ["passed"] * 6
     keys = {number: set().union(*stage["figures"]) for number, stage in results.items()}
     assert {"gpu", "torch", "triton", "cores"} <= keys[0] and {"copy_gb_per_s", "product_tflops"} <= keys[1]
-    assert {"tests", "SKIPPED"} <= keys[2] and {"head", "candidate", "tflops"} <= keys[3]
+    assert {"tests", "SKIPPED"} <= keys[2] and {"head", "with_dots_ms", "tflops"} <= keys[3]
     assert {"tokenizer", "scored_s", "test_loss", "nats"} <= keys[5]
     arms = {row["arm"] for row in results[4]["figures"] if "first_s" in row}
-    assert arms == {"plain", "scored", "stock", "val", "scored4", "val4", "order2"}
+    assert arms == {"plain", "scored", "stock", "val", "micro", "scored_micro", "scored4", "val4", "order2"}
+    assert any("micro_batch_overhead" in row for row in results[4]["figures"])
     beside = {(row["arm"], row.get("part")): row for row in results[4]["figures"] if "budget_ms" in row}
     assert {arm for arm, _ in beside} == {"plain", "scored", "stock", "val", "order2"}
     for part in (None, "attention", "dW", "forward, dX", "head products", "layer norms", "AdamW"):
@@ -193,7 +185,7 @@ def test_a_kernel_is_for_a_part_of_the_budget():
         "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<cutlass::bfloat16_t>": "attention",
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "products",
         "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "products",
-        "descriptors_kernel": "dW",
+        "add_and_dot_kernel": "dots",
         "cross_entropy_kernel": "head softmax",
         "triton_red_fused__log_softmax_nll_loss_forward_3": "head softmax",
         "triton_per_fused_add_native_layer_norm_backward_sum_5": "layer norms",

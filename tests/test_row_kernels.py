@@ -21,10 +21,10 @@ from torch.nn import functional as F
 import data_value
 from data_value import attach_directions
 from model import GPT, GPTConfig
-from support import operators, row_kernels
+from support import kernels, operators
 
 needs_gpu = pytest.mark.gpu
-needs_triton = pytest.mark.skipif(row_kernels.triton is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 DTYPES = [torch.float32, torch.bfloat16]
 # Of a gradient. bfloat16 has 8 bits: rounded as a GPU does it is off by up to 2^-8, cut off as the interpreter does, by
 # up to 2^-7. float32 goes through a few roundings of 2^-24.
@@ -60,7 +60,7 @@ def cross_entropy_errors(case, backward=True, scale=0.125):
     oracle = F.cross_entropy(exact, targets, reduction="none")
     (gradient,) = torch.autograd.grad(oracle.sum() * scale, exact)
     before = logits.clone()
-    losses = row_kernels.cross_entropy_rows(logits, targets, scale, backward)
+    losses = kernels.cross_entropy_rows(logits, targets, scale, backward)
     assert losses.dtype == torch.float32 and losses.shape == targets.shape
     loss_error = ((losses - oracle) / oracle.clamp_min(0.25)).abs().max().item()
     if not backward:
@@ -122,7 +122,7 @@ def test_any_rows(interpreter, case, backward, scale):
 
 
 def losses_of(logits, targets):
-    return row_kernels.cross_entropy_rows(logits, targets, 1.0, False)
+    return kernels.cross_entropy_rows(logits, targets, 1.0, False)
 
 
 def test_no_loss_for_a_target_outside_the_vocabulary(interpreter):
@@ -181,7 +181,7 @@ def counted_bytes():
 def cross_entropy_bytes(case, backward):
     logits, targets = cross_entropy_problem(**case)
     with counted_bytes() as counts:
-        row_kernels.cross_entropy_rows(logits, targets, 1.0, backward)
+        kernels.cross_entropy_rows(logits, targets, 1.0, backward)
     return counts
 
 
@@ -190,12 +190,11 @@ def cross_entropy_bytes(case, backward):
 def test_cross_entropy_moves_the_bytes_that_are_stated(interpreter, dtype, backward):
     case = dict(N=3, V=10001, dtype=dtype)
     counts = interpreter.submit(cross_entropy_bytes, case, backward).result()
-    memory, l2 = row_kernels.cross_entropy_rows_traffic(*cross_entropy_problem(**case), 1.0, backward)
-    assert counts["load"] + counts["store"] == l2
+    on_paper = kernels.cross_entropy_rows_traffic(*cross_entropy_problem(**case), 1.0, backward)
+    assert counts["load"] + counts["store"] == on_paper + 3 * dtype.itemsize  # a row's target is among its logits
     assert counts["store"] == 3 * (backward * 10001 * dtype.itemsize + 4)
-    assert memory == 3 * ((1 + 2 * backward) * 10001 * dtype.itemsize + 12)
     # Six bytes for a bfloat16 logit, two without its gradient.
-    assert round(memory / (3 * 10001), 2) == (3 if backward else 1) * dtype.itemsize
+    assert round(on_paper / (3 * 10001), 2) == (3 if backward else 1) * dtype.itemsize
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ def test_cross_entropy_moves_the_bytes_that_are_stated(interpreter, dtype, backw
 
 def disassembled(compiled, tmp_path):
     """(registers, the machine code) of a kernel, by the tools that come with triton."""
-    tools = Path(row_kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tools = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     run = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: E731
@@ -212,31 +211,40 @@ def disassembled(compiled, tmp_path):
     return int(re.search(r"REG:(\d+)", usage).group(1)), run(tools / "nvdisasm", "--print-code", cubin)
 
 
-@needs_triton
-@pytest.mark.parametrize("capability", [80, 89, 90, 100])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiles_for_a_gpu_that_is_not_there(dtype, capability, tmp_path, monkeypatch):
-    """As GPT-2's logits would have it: whole lines of the cache, no number spilt, two programs to a processor."""
-    if row_kernels.triton.knobs.runtime.interpret:
+def made(kernel, types, constants, warps, capability, tmp_path, monkeypatch):
+    """
+    (registers, the machine code) of a kernel for a GPU of this capability: `types` of its arguments in their order, of
+    which the pointers and what is named in capitals are multiples of 16.
+    """
+    if kernels.triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set: nothing is compiled")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    signature = dict(logits_ptr=pointer, targets_ptr="*i64", losses_ptr="*fp32", stride="i32", V="i32", scale="fp32")
-    signature |= dict(BACKWARD="constexpr", BLOCK="constexpr")
-    block = row_kernels.BLOCK_BYTES // dtype.itemsize
-    kernel, constants = row_kernels.cross_entropy_kernel, dict(BACKWARD=True, BLOCK=block)
-    assert list(signature) == kernel.arg_names
-    attributes = {(i,): [["tt.divisibility", 16]] for i in range(5)}
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = dict(num_warps=row_kernels.WARPS)
-    compiled = row_kernels.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, code = disassembled(compiled, tmp_path)
+    signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(constants)], strict=True))
+    even = [i for i, (name, kind) in enumerate(signature.items()) if "*" in kind or name in ("stride", "V", "size")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in even})
+    target = GPUTarget("cuda", capability, 32)
+    return disassembled(kernels.triton.compile(source, target=target, options=dict(num_warps=warps)), tmp_path)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "add_and_dot"])
+def test_compiles_for_a_gpu_that_is_not_there(rows, name, capability, tmp_path, monkeypatch):
+    """For GPT-2's logits and weights: whole lines of the cache, no number spilt, two programs to a processor."""
+    if rows:
+        of = kernels.cross_entropy_kernel, [f"*{name}", "*i64", "*fp32", "i32", "i32", "fp32"]
+        warps, constants = kernels.WARPS, dict(BACKWARD=True, BLOCK=kernels.BLOCK_BYTES // (2 if name == "bf16" else 4))
+    else:
+        of = kernels.add_and_dot_kernel, [f"*{name}", *["*fp32"] * 3, *["i32"] * 4]
+        warps, constants = 4, dict(K=1, ROOM=1, BLOCK=kernels.BLOCK)
+    registers, code = made(*of, constants, warps, capability, tmp_path, monkeypatch)
     spilt = re.findall(r"\b(?:LDL|STL)\S*", code)
     assert not spilt, f"{len(spilt)} spills with {registers} registers: {spilt}"
-    assert 2 * registers * 32 * row_kernels.WARPS <= 2**16
+    assert 2 * registers * 32 * warps <= 2**16
     assert re.findall(r"\bLDG\.E\.\S*128", code) and re.findall(r"\bSTG\.E\.\S*128", code)
 
 
@@ -255,7 +263,7 @@ def head_on_a_gpu(problem, backward, head_slice):
     """The branch that a GPU takes, in the interpreter. The room for its gradients is not zero beforehand."""
     room = operators.head_results
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_kernels, "runs_on", lambda x: True)
+        patch.setattr(kernels, "runs_on", lambda x: True)
         patch.setattr(operators, "head_slice", lambda *_: head_slice)
         patch.setattr(operators, "head_results", lambda *arguments: [g.fill_(7) for g in room(*arguments)])
         return operators.head_loss.function(*problem, backward)
@@ -281,14 +289,15 @@ def test_the_head_on_a_gpu_equals_float64_of_its_logits(interpreter, dtype, tole
     for ours, theirs in zip(found[1:], exact[1:], strict=True):
         assert ours.shape == theirs.shape and (not ours.numel() or relative_error(ours, theirs) < tolerance)
     for ours, theirs in zip(found, operators.head_loss(*problem, True), strict=True):  # and a CPU's branch
-        assert not ours.numel() or relative_error(ours, theirs.double()) < tolerance
+        assert not ours.numel() or relative_error(ours, theirs.double()) < 2 * tolerance
 
 
 def test_one_slice_of_logits_exists_at_a_time_on_a_gpu(monkeypatch):
     """With nothing of its size beside it: the products of float32 make none on a CPU either."""
     x, weight, targets, direction = head_problem(torch.float32, B=2, T=600, V=50, C=4)
-    monkeypatch.setattr(row_kernels, "runs_on", lambda x: True)
-    monkeypatch.setattr(row_kernels, "cross_entropy_rows", lambda logits, *_: logits.mul_(0)[:, 0])
+    monkeypatch.setattr(kernels, "runs_on", lambda x: True)
+    monkeypatch.setattr(kernels, "cross_entropy_rows", lambda logits, *_: logits.mul_(0)[:, 0])
+    monkeypatch.setattr(kernels, "weight_gradient", lambda dw, x, *_: dw.new_zeros(len(x), 1))
     monkeypatch.setattr(operators, "head_slice", lambda *_: (1, 300))
     for arguments in ((None, False), (None, True), (direction, True)):
         with _LiveStorages(300 * 50) as live:
@@ -381,18 +390,6 @@ def scored_step(device, compiled, bias, **shape):
 
 @needs_triton
 @needs_gpu
-@pytest.mark.parametrize("compiled, bias", [(False, False), (True, True)])
-def test_a_scored_step_under_autocast_on_a_gpu(compiled, bias):
-    """GPT-2's widths; tolerances of bfloat16 factors, as on a CPU."""
-    shape = dict(block_size=64, vocab_size=50304, n_layer=2, n_head=12, n_embd=768)
-    loss_error, dots_error, *gradient_errors = scored_step("cuda", compiled, bias, **shape)
-    assert loss_error < 1e-3
-    assert dots_error < 0.02
-    assert max(gradient_errors) < 0.05
-
-
-@needs_triton
-@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V, gap", [(50304, 0), (50257, 0), (50257, 47)])
 def test_gpt2s_logits_on_a_gpu(V, gap, dtype):
@@ -458,9 +455,21 @@ def test_gpt2s_layer_norms_on_a_gpu(bias):
             assert backward.count(".run(") <= 3, backward
 
 
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("compiled, bias", [(False, False), (True, True)])
+def test_a_scored_step_under_autocast_on_a_gpu(compiled, bias):
+    """GPT-2's widths; tolerances of bfloat16 factors, as on a CPU. The last on a GPU: it compiles for half a minute."""
+    shape = dict(block_size=64, vocab_size=50304, n_layer=2, n_head=12, n_embd=768)
+    loss_error, dots_error, *gradient_errors = scored_step("cuda", compiled, bias, **shape)
+    assert loss_error < 1e-3
+    assert dots_error < 0.02
+    assert max(gradient_errors) < 0.05
+
+
 def test_imports_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("without", row_kernels.__file__))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("without", kernels.__file__))
     module.__spec__.loader.exec_module(module)
     assert module.triton is None
 
@@ -468,5 +477,5 @@ def test_imports_without_triton(monkeypatch):
         is_cuda = True
 
     x = torch.ones(1).as_subclass(OnGPU)
-    assert row_kernels.runs_on(x) == (row_kernels.triton is not None)
+    assert kernels.runs_on(x) == (kernels.triton is not None)
     assert not module.runs_on(x)

@@ -117,7 +117,7 @@ def same_run(a, b, exact=True):
     assert np.array_equal(logs[0]["sample_id"], logs[1]["sample_id"])
     assert logs[0].pop("directions") == logs[1].pop("directions")
     pairs = [*zip(logs[0].values(), logs[1].values(), strict=True), *zip(*values, strict=True)]
-    states = [torch.load(f"{run}/ckpt.pt", weights_only=True) for run in (a, b)]
+    states = [torch.load(f"{run}/ckpt.pt", weights_only=True, map_location="cpu") for run in (a, b)]
     pairs += [(states[0]["model"][key], states[1]["model"][key]) for key in states[0]["model"]]
     optimizers = [state["optimizer"]["state"] for state in states]
     pairs += [(optimizers[0][i][key], optimizers[1][i][key]) for i in optimizers[0] for key in optimizers[0][i]]

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prepare_owt
 import report
 import train
-from support import kernels
 from support.configurator import UserError
 from support.corpus import Tokens, checksum_of
 from support.values import load_values, read_log
@@ -424,7 +423,6 @@ def test_a_step_on_a_gpu_does_not_wait(home, monkeypatch, flags, dtype):
         return get_lr(it, knobs)
 
     monkeypatch.setattr(train, "get_lr", watching)
-    monkeypatch.setattr(kernels, "candidates", lambda *_: [kernels.PLAIN])  # test_kernels.py has the others
     quiet = "--device=cuda --max_iters=14 --log_interval=100 --eval_interval=100 --checkpoint_interval=100"
     try:
         call(train.main, f"{TINY} {quiet} --dtype={dtype} --val_batch_size=4 {flags} --out_dir=out/x")
