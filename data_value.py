@@ -7,10 +7,10 @@ every sample's gradient with each of K directions D_k. The layers below know how
 their weight gradient needs anyway. Autograd sums it over layers and over the two uses of a tied weight, because a
 derivative is linear.
 
-It is nearly free. A linear's weight gradient is a sum over samples, sum_i dY_i^T X_i. On a CPU it is summed one sample
-at a time, and <sum so far, D_k> is taken after each: sample i's dot product is the difference of two such numbers
-(support/operators.py). On a GPU the samples' gradients are written, and the kernel that adds them up dots them
-(support/kernels.py). For each direction that is one multiplication in T more.
+It is cheap. A linear's weight gradient is a sum over samples, sum_i dY_i^T X_i. On a CPU it is summed one sample at a
+time, and <sum so far, D_k> is taken after each: sample i's dot product is the difference of two such numbers. For each
+direction that is one multiplication in T more (support/operators.py). On a GPU the samples' gradients are written, and
+the kernel that adds them up dots them (support/kernels.py).
 
 With G = grad of the mean loss of m validation windows, eta the learning rate, c the clipping coefficient and B the
 batch:

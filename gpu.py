@@ -85,8 +85,9 @@ def timed(run, device, repeats=10):
     if device == "cpu":
         return seconds(lambda: [run() for _ in range(repeats)], device) / repeats
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    torch.cuda._sleep(20_000_000)  # cycles, 10 ms: else a short run() would take what Python takes to launch it
-    events[0].record(), [run() for _ in range(repeats)], events[1].record(), torch.cuda.synchronize()
+    # 20 million cycles, 10 ms: else a short run() would take what Python takes to launch it
+    torch.cuda._sleep(20_000_000), events[0].record(), [run() for _ in range(repeats)], events[1].record()
+    torch.cuda.synchronize()
     return events[0].elapsed_time(events[1]) / 1000 / repeats
 
 
@@ -146,8 +147,8 @@ def gpu_tests(knobs, report):
     # A process for each file, since after an illegal access, say, nothing works any more on the GPU in its process, and
     # two for kernels, which take a second or two each to compile.
     words = "float32", "not float32"
-    groups = [[path, "-k", word] for path in paths if "kernels" in path for word in words]
-    groups += [[path] for path in paths if "kernels" not in path]
+    groups = [[path, "-k", word] for path in paths if "kernel" in path for word in words]
+    groups += [[path] for path in paths if "kernel" not in path]
     groups = groups if knobs.cuda else [paths]
     with ThreadPoolExecutor(len(groups)) as pool:
         codes = list(pool.map(run, groups))
@@ -189,8 +190,10 @@ def products(knobs, report):
         report(head=name, ms=ms, tflops=6 * B * T * C * V / ms / 1e9)
 
     rows = torch.randn(B * T, V, device=device, dtype=dtype), targets.view(-1), 1.0, True
+    moved = kernels.cross_entropy_rows_traffic(*rows)
     if knobs.cuda:
-        report(kernel="rows", ms=1000 * timed(lambda: kernels.cross_entropy_rows(*rows), device))
+        ms = 1000 * timed(lambda: kernels.cross_entropy_rows(*rows), device)
+        report(kernel="rows", ms=ms, gb_per_s=moved / ms / 1e6)
 
     peak = peak_tflops(torch.cuda.get_device_name(), "bfloat16") if knobs.cuda else None
     with torch.device("meta"):
@@ -233,11 +236,15 @@ def steps(knobs, report):
 
         return run
 
+    def micro(*alpha):
+        ours.backward(*alpha)
+        ours.optimizer.zero_grad(set_to_none=True)  # as the other arms leave it
+
     def scored_micro():
-        ours.backward(torch.zeros(shape.batch_size, 1, device=shape.device, requires_grad=True))
+        micro(torch.zeros(shape.batch_size, 1, device=shape.device, requires_grad=True))
 
     plan = dict(plain=arm("plain"), scored=arm("scored"), stock=None, val=arm("val"))
-    plan |= dict(micro=ours.backward, scored_micro=scored_micro)  # a further micro-batch of a step
+    plan |= dict(micro=micro, scored_micro=scored_micro)  # the forward and the backward pass of a micro-batch
     plan |= dict(scored4=arm("scored", 4), val4=arm("val", 4), order2=arm("order2"))  # 4: of m = 4 windows
     arms = {}
     for name, run in plan.items():

@@ -204,13 +204,15 @@ def fresh_gradients(net, windows, iter_num, knobs, ranks):
 def evaluate(net, windows, tokens, ids, knobs, ranks):
     """Mean loss in nats of the windows `ids` of the Tokens, in eval mode; the ranks take turns at the batches."""
     training = net.training
-    net.eval()
+    if training:
+        net.eval()
     loss = torch.zeros((), device=knobs.device)
     for start in range(ranks.rank * knobs.batch_size, len(ids), ranks.world * knobs.batch_size):
         chunk = ids[start : start + knobs.batch_size]
         with autocast(knobs):
             loss += net(*windows.batch(tokens, chunk))[1] * (len(chunk) / len(ids))
-    net.train(training)
+    if training:
+        net.train()
     return ranks.total(loss).item()
 
 

@@ -37,7 +37,8 @@ grad_clip = 1.0
 
 # The values. m = 1 validation window costs 1/16 of a step here, as in the paper's setting. But the direction of one
 # window is mostly noise, so that a large share of the signs is wrong. The validation pass is paid once an iteration,
-# whatever the number of micro-batches. A large batch makes a large m cheap. We recommend
+# whatever the number of micro-batches. A large batch makes a large m cheap, and then a fast GPU need not wait
+# for Python (docs/cost.md). We recommend
 #   --val_batch_size=16 --value_direction=adam --gradient_accumulation_steps=30
 # This is nanoGPT's batch of 480 windows, with a validation pass of 16 / 480 = 3.3% of an iteration. 'adam' scales the
 # direction as the optimiser scales its steps. 'sgd' is the paper's: derived for SGD, a proxy for Adam (Remark 7).

@@ -20,7 +20,8 @@ from support.configurator import check_each
 from support.counting import Count, compiled, count
 
 # TFLOP/s of bfloat16 and of float32 products, TB/s of memory. H100 and H200: bfloat16 and memory measured (an
-# 8,192-cubed product; a copy, reads and writes counted); the rest from NVIDIA's data sheets.
+# 8,192-cubed product; a copy, reads and writes counted; this code has run on the H100 alone); the rest from NVIDIA's
+# data sheets.
 GPUS = {
     "A100": dict(bfloat16=312.0, float32=19.5, tb_s=2.04),
     "H100": dict(bfloat16=764.0, float32=67.0, tb_s=2.98),
@@ -28,7 +29,7 @@ GPUS = {
 }
 # Of the speed of a large square product, what the products and the attention of GPT-2 124M reach on an H100, batch 16,
 # T 1,024, by torch 2.11 (docs/cost.md); on other cards and at other shapes a guess.
-PRODUCTS, ATTENTION = 0.92, 0.38
+PRODUCTS, ATTENTION = 0.95, 0.39
 
 PARTS = {  # and what a `?` in the table stands for: a time that rests on a guess
     "attention": "?",
@@ -43,7 +44,7 @@ PARTS = {  # and what a `?` in the table stands for: a time that rests on a gues
     "casts": "",  # of weights to bfloat16 and of their gradients back
     "pointwise": "",  # GELU, sums for biases, copies
     "direction": "",
-    "dots": "",  # the samples' weight gradients read, added up and dotted
+    "dots": "?",  # the samples' weight gradients read, added up and dotted
     "midpoint": "",  # the second order's copies of parameters, and half a step back
     "AdamW": "",
     "loader": "",  # on a thread, beside the GPU's work: no time

@@ -1,5 +1,6 @@
 """
-The two kernels for NVIDIA GPUs that PyTorch has none for: they make scoring cheap, and the head.
+Two Triton kernels for NVIDIA GPUs: one adds up the samples' weight gradients and dots them, one is the head's
+cross-entropy.
 
 The weight gradient of a linear with its dot products: dW = sum_i dY_i^T X_i, (out, in), and <dY_i^T X_i, D_k> for every
 sample i and direction k. torch.bmm writes the samples' gradients, in the dtype of x, and one kernel reads them once,
@@ -7,7 +8,7 @@ adds them up and dots them. For bfloat16 each sample's gradient is rounded, as a
 
 The obvious rival never writes a sample's gradient: a program keeps a tile of dW in registers and dots it after every
 sample. It was built, for A100s and with TMA and wgmma for Hopper. On an H100 it was slower at every shape of GPT-2
-(docs/cost.md): its products reach two thirds of cuBLAS's speed, and the dots wait for them.
+(study/h100.md): its products reach 70% of cuBLAS's speed, and they wait while a sample is dotted.
 
 The cross-entropy of the head's logits. A program owns a row of logits, those of one token. A first loop over the
 vocabulary finds the row's maximum and the sum of its exponentials, in float32 whatever the logits are; a second loop
@@ -124,9 +125,9 @@ def weight_gradient(dw, x, dy, direction, add):
 
 def weight_gradient_traffic(shape, dtype, K, add):
     """
-    Bytes of (the products, what follows them) of `weight_gradient` for (B, T, in, out). x and dY are read and the
-    samples' gradients written; these are read, the directions too and, where `add` is set, dW, which is written; each
-    program's dots are written, read and added up.
+    Bytes of (the products, what follows them) of `weight_gradient` for (B, T, in, out). x and dY are read (x once, as
+    if the parts of the rows shared it) and the samples' gradients written; these are read, the directions too and,
+    where `add` is set, dW, which is written; each program's dots are written, read and added up.
     """
     B, T, n_in, n_out = shape
     _, programs = programs_of(shape, K, dtype.itemsize)

@@ -24,7 +24,7 @@ from test_train import ROOT, TINY, call, corpus, home  # noqa: F401 (fixtures)
 import bench
 import gpu
 import train
-from support import carry, profiled, stages, unexecuted
+from support import carry, kernels, profiled, stages, unexecuted
 
 sys.path.insert(0, f"{ROOT}/study")
 
@@ -56,6 +56,7 @@ def scored_step(device, dtype):
     ],
 )
 def test_a_scored_step_is_that_of_the_cpu_in_float32(device, dtype, tolerance):
+    assert kernels.runs_on(torch.ones(1, device=device)) == (device == "cuda")
     expected = scored_step("cpu", "float32")
     for ours, theirs in zip(scored_step(device, dtype), expected, strict=True):
         assert (ours - theirs).norm() < tolerance * theirs.norm()

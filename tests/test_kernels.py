@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_row_kernels import counted_bytes
+from test_head_kernel import counted_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench

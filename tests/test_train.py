@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prepare_owt
 import report
 import train
+from model import GPT
 from support.configurator import UserError
 from support.corpus import Tokens, checksum_of
 from support.values import load_values, read_log
@@ -157,6 +158,32 @@ def test_control_filtered_and_random_arms(home, with_negatives, capsys):
 
     call(report.main, f"{with_negatives} out/control out/filtered --out=out/report")
     assert "report.png" in os.listdir("out/report")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_batch_is_trained_with_dropout_and_nothing_else_has_it(home, monkeypatch, dropout):
+    """Of every forward pass: whether the model is in train mode, and whether it is the batch's."""
+    forward, validate, evaluate, seen, doing = GPT.forward, train.validation_gradient, train.evaluate, [], []
+
+    def watched(model, *args):
+        seen.append((model.training, not doing))
+        return forward(model, *args)
+
+    def within(function):
+        def run(*args):
+            doing.append(function)
+            result = function(*args)
+            doing.pop()
+            return result
+
+        return run
+
+    monkeypatch.setattr(GPT, "forward", watched)
+    monkeypatch.setattr(train, "validation_gradient", within(validate))
+    monkeypatch.setattr(train, "evaluate", within(evaluate))
+    call(train.main, f"{TINY} --score=True --dropout={dropout} --val_batch_size=2 --out_dir=out/x")
+    assert {batch for _, batch in seen} == {True, False}
+    assert all(training == (batch and dropout > 0) for training, batch in seen)
 
 
 def test_the_adam_direction_and_dropout_and_bfloat16(home):
