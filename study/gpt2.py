@@ -180,14 +180,16 @@ def main():
     rounds[4:4] = [(0, True)] * (knobs.orders >= 4)
     for order, afresh in rounds:
         ended = {line["arm"] for line in state["arms"] if (line["order"], line["afresh"]) == (order, afresh)}
-        # an arm takes what the longest has taken, and more if it is longer; the first order is not asked for its time
-        run_s = max((line["seconds"] for line in state["arms"] if not line["afresh"]), default=0.0)
+        # an arm takes what the longest has taken, the first what the baseline took to start; and more if it is longer
+        started = plan["baseline_s"] - plan["iters"] * plan["scored_s"]
+        run_s = max((line["seconds"] for line in state["arms"] if not line["afresh"]), default=started)
         run_s += (AFRESH - TRIAL) * afresh * plan["iters"] * plan["plain_s"]
         fits = time.monotonic() + (3 - len(ended)) * run_s < end
         for arm in [arm for arm in ARMS if fits and arm not in ended]:
             state["arms"].append(arm_run(knobs, plan, arm, order, afresh))
             write(knobs, state)
             print(arm, f"order {order}", "afresh" * afresh, f"{state['arms'][-1]['test_loss'][-1]:.4f}", flush=True)
+    print(f"{len(state['arms'])} arms have ended; an order takes three more, of {run_s:.0f} s each")
     for name, (mean, half) in state["final"].items():
         print(f"{name}: {mean:+.4f} nats", f"+- {half:.4f}, 95% of the mean over orders" if half is not None else "")
 

@@ -326,6 +326,20 @@ def test_a_run_that_is_out_of_time_is_stopped_with_its_values(home, monkeypatch)
     assert 20 < found["iters"] < 10**6 and 0 <= found["negative"] <= 1 and 0 < found["plain_s"] < found["scored_s"]
 
 
+def test_an_order_without_the_time_for_it_is_left_for_later(home, monkeypatch, capsys):  # noqa: F811
+    plan = dict(iters=10, baseline_s=60.0, negative=0.3, lr=1e-3, scored_s=0.1, plain_s=0.1)
+    monkeypatch.setattr(gpt2, "baseline_run", lambda *_: plan)
+    line = dict(seconds=59.0, iters=[1], test_loss=[1.0])
+    monkeypatch.setattr(gpt2, "arm_run", lambda knobs, plan, *of: line | dict(arm=of[0], order=of[1], afresh=of[2]))
+    for minutes, orders in ((2.9, 0), (3.1, 1)):
+        flags = ["gpt2.py", "--dataset=tiny", f"--minutes={minutes}", "--block_size=16", "--batch_size=4", "--orders=1"]
+        monkeypatch.setattr(sys, "argv", flags)
+        gpt2.main()
+        with open("out/gpt2/metrics.json", encoding="utf-8") as file:
+            assert len(json.load(file)["arms"]) == 3 * orders
+        assert f"{3 * orders} arms have ended; an order takes three more, of 59 s each" in capsys.readouterr().out
+
+
 def test_the_study_goes_on_where_it_was_stopped(home, monkeypatch, capsys):  # noqa: F811
     shape = [flag for flag in TINY.split() if flag.split("=")[0][2:] in gpt2.Knobs.__dataclass_fields__]
     flags = ["gpt2.py", *shape, "--vocab_size=257", "--max_iters=10", "--val_batch_size=2", "--orders=1"]
