@@ -15,8 +15,10 @@ it; their losses are compared pair by pair. With the defaults, the twelve arms t
 iterations, and tell differences that a dozen retrainings cannot.
 
 The verdict goes by the 95% intervals of the mean differences from the controls (Student's t over the orders).
-'helps': both are below zero. 'harms': both are above zero. 'no help': both are above -margin, which is worth 5% of the
-iterations of a retraining. Otherwise it cannot tell. With --orders=auto the 5% are divided among the four looks.
+'helps': both are below zero. A trial sees less than a retraining brings: where trials saw no change, retrainings saved
+a tenth of their iterations (study/foretell.md). So 'harms': both are above what a tenth of the iterations is worth in a
+trial, `even`. 'no help': both are above what a twentieth is worth, so that a retraining would save less than the other
+one. Otherwise it cannot tell. With --orders=auto the 5% are divided among the four looks.
 An interrupted trial goes on with the same command. The exit status is 0 whatever the verdict.
 """
 
@@ -50,6 +52,7 @@ LOOKS = (4, 8, 16, 32)  # orders after which --orders=auto asks for the verdict
 LEVEL = 0.05  # of a false verdict, divided among the looks
 CALIBRATION = 2.0  # nats of a retraining for each nat of a trial: the slope of study/foretell.md, not its intercept
 WORTH = 0.05  # the share of the iterations that 'no help' must exclude
+AT_ZERO = 0.1  # the share of the iterations that retrainings saved where trials saw no change: study/foretell.md
 
 
 @functools.cache
@@ -70,19 +73,23 @@ def interval(differences, level):
     return mean, (mean - half, mean + half)
 
 
-def orders_needed(differences, margin, level):
-    """About how many orders it takes until a verdict holds beside all controls; None where 1,000 are too few."""
+def orders_needed(differences, no_help, level):
+    """
+    About how many orders it takes until all differences are below zero or above `no_help`; None where 1,000 are too
+    few.
+    """
     means, sds = np.array([(np.mean(each), np.std(each, ddof=1)) for each in differences]).T
     for n in np.geomspace(len(differences[0]) + 1, 1000, 100).astype(int).tolist():
         halves = t_quantile(1 - level / 2, n - 1) * sds / n**0.5
-        if (means + halves).max() < 0 or (means - halves).min() > -margin:
+        if (means + halves).max() < 0 or (means - halves).min() > no_help:
             return n
     return None
 
 
-def judge(losses, margin, level):
+def judge(losses, no_help, even, level):
     """
-    The `verdict` on the filtered arm. `losses` are the final ones, {arm: (n,)}, of the same n orders. Also returns the
+    The `verdict` on the filtered arm. `losses` are the final ones, {arm: (n,)}, of the same n orders; the thresholds
+    `no_help` <= `even`, in nats, are what 'no help' and 'harms' must exceed (`thresholds`). Also returns the
     mean difference and its interval `beside` every other arm, those of the first as `effect` and `interval`, the
     `spread` of a difference over orders (standard deviations, paired and as if the arms were not), and `orders_needed`
     where the verdict is withheld. The module's docstring has the rule.
@@ -92,18 +99,30 @@ def judge(losses, margin, level):
     beside = {arm: interval(each, level) for arm, each in differences.items()}
     effect, bounds = next(iter(beside.values()))
     found = dict(verdict="cannot tell", effect=effect, interval=bounds, beside=beside, orders=len(filtered))
-    found |= dict(level=level, margin=margin, spread={}, orders_needed=None)
+    found |= dict(level=level, no_help=no_help, even=even, spread={}, orders_needed=None)
     if len(filtered) == 1:
         return found
     for arm, each in differences.items():
         unpaired = np.hypot(np.std(filtered, ddof=1), np.std(losses[arm], ddof=1))
         found["spread"][arm] = dict(paired=float(np.std(each, ddof=1)), unpaired=float(unpaired))
     low, high = np.array([bounds for _, bounds in beside.values()]).T
-    if high.max() < 0 or low.min() > -margin:
-        found["verdict"] = "helps" if high.max() < 0 else "harms" if low.min() > 0 else "no help"
+    if high.max() < 0 or low.min() > no_help:
+        found["verdict"] = "helps" if high.max() < 0 else "harms" if low.min() > even else "no help"
     else:
-        found["orders_needed"] = orders_needed(list(differences.values()), margin, level)
+        found["orders_needed"] = orders_needed(list(differences.values()), no_help, level)
     return found
+
+
+def thresholds(iters, losses, calibration=CALIBRATION):
+    """
+    (no_help, even): the nats of a trial at which a retraining would save WORTH of its iterations, and nothing, by the
+    curve `losses` (n,) at `iters` (n,) of a run.
+    """
+    at_zero, worth = (
+        max(0.0, float(np.interp((1 - share) * iters[-1], iters, losses) - losses[-1])) / calibration
+        for share in (AT_ZERO, WORTH)
+    )
+    return at_zero - worth, at_zero
 
 
 def saved(run, nats):
@@ -130,11 +149,11 @@ def in_words(found, run, scope, share):
         more = "Not even 1,000 orders would tell."
     expected = saved(run, CALIBRATION * max(0.0, -found["effect"]))
     says = dict(helps=f"{what} helps: {measured}. Expect a retraining to need about {expected:.0%} fewer iterations.")
-    doubt = "On undamaged text, retrainings have gained in spite of such a verdict (study/foretell.md)."
-    says["harms"] = f"{what} harms: {measured}. {doubt}"
-    less = f"By this trial a retraining would save less than {WORTH:.0%} of the iterations, if any."
-    says["no help"] = f"{what} does not help: {measured}. {less} {doubt}"
-    says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {more}"
+    says["harms"] = f"{what} harms: {measured}. Expect a retraining to need more iterations."
+    less = f"Expect a retraining to save less than {WORTH:.0%} of the iterations, if any."
+    says["no help"] = f"{what} does not help: {measured}. {less}"
+    between = f"Where the study's trials saw no change, retrainings saved about {AT_ZERO:.0%} (study/foretell.md)."
+    says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {between} {more}"
     said = says[found["verdict"]]
     if found["spread"]:
         paired, unpaired = next(iter(found["spread"].values())).values()
@@ -298,7 +317,6 @@ def trial(args, run, knobs, checkpoint, ranks):
     ranks.barrier()  # all have seen what was there
     if ranks.rank == 0:
         write_record(path, record)
-    margin = float(np.interp((1 - WORTH) * run.iters[-1], run.iters, run.losses) - run.losses[-1]) / CALIBRATION
     looks = LOOKS if args.orders == "auto" else [int(args.orders)]
     for look in looks:
         orders = [str(order) for order in range(1, look + 1)]  # as JSON has them
@@ -313,7 +331,7 @@ def trial(args, run, knobs, checkpoint, ranks):
                 print(f"order {order}, {arm}: {losses[arm][order]:.4f}", file=sys.stderr)
         losses = ranks.broadcast(losses, knobs.device)
         judged = {arm: [losses[arm][order] for order in orders] for arm in args.arms}
-        found = judge(judged, max(margin, 0.0), LEVEL / len(looks))
+        found = judge(judged, *thresholds(run.iters, run.losses), LEVEL / len(looks))
         if found["verdict"] != "cannot tell":
             break
     first = split_names(run.knobs["val_sets"])[0], run.knobs["value_direction"].split(",")[0]

@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 from foretell import CONDITIONS, PERCENT, Condition, arms_of, run_of  # noqa: E402
 from tables import markdown, saving  # noqa: E402
 
-from trial import CALIBRATION, LEVEL, WORTH, interval, judge, t_quantile  # noqa: E402
+from trial import CALIBRATION, LEVEL, interval, judge, t_quantile, thresholds  # noqa: E402
 
 SERIES = ("undamaged", "5% damaged", "15% damaged", "30% damaged")
 REFERENCES = ("control", "random")
@@ -78,23 +78,23 @@ class Compared:
         self.oracle = None
         if condition.corpus in PERCENT:
             self.oracle = [effects(orders, target, "oracle") for orders in (self.trials, self.retrained)]
-        self.saved, self.worth = [], []
+        self.saved, self.curves = [], []  # the references', (iters, losses)
         for order in self.retrained.values():
             iters, ours = order["filtered"]["iter"], order["filtered"][target]
             theirs = np.mean([order[name][target] for name in REFERENCES], 0)
             self.saved.append(saving(iters, ours, theirs))
-            self.worth.append(np.interp((1 - WORTH) * iters[-1], iters, theirs) - theirs[-1])  # nats
+            self.curves.append((iters, theirs))
 
     def verdicts(self, slope):
         """What trial.py would say after the orders of each seed, {seed: verdict}, if `slope` is its CALIBRATION."""
-        found, margin = {}, max(0.0, np.mean(self.worth) / slope)
+        found, limits = {}, np.mean([thresholds(*curve, slope) for curve in self.curves], 0)
         for seed in sorted({seed for seed, _ in self.trials}):
             orders = [order for (theirs, _), order in self.trials.items() if theirs == seed]
             if len(orders) == 1:  # no interval, no verdict
                 continue
             arms = (*REFERENCES, "filtered")
             losses = {arm: [order[arm][self.condition.target][-1] for order in orders] for arm in arms}
-            found[seed] = judge(losses, margin, LEVEL)["verdict"]
+            found[seed] = judge(losses, *limits, LEVEL)["verdict"]
         return found
 
     def outcome(self, verdict):
@@ -245,6 +245,7 @@ def draw(found, path):
     for zero in (ax.axhline, ax.axvline, right.axvline):
         zero(0, color="black", linewidth=0.5, linestyle="--")
     ax.set(xlabel="foretold: effect in the trial, nats", ylabel="realised: effect after retraining, nats")
+    ax.set_ylim(min(y.min(), oy.min(initial=0)) - 0.06, max(y.max(), 0) + 0.06)  # two retrainings have bars beyond
     ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), handlelength=1)
     others = [name for name in found if name not in names or name in ("15% damaged", "undamaged")][::-1]
     foretold = [found[name].foretold for name in others]
