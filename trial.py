@@ -15,10 +15,11 @@ it; their losses are compared pair by pair. With the defaults, the twelve arms t
 iterations, and tell differences that a dozen retrainings cannot.
 
 The verdict goes by the 95% intervals of the mean differences from the controls (Student's t over the orders).
-'helps': both are below zero. A trial sees less than a retraining brings: where trials saw no change, retrainings saved
-a tenth of their iterations (study/foretell.md). So 'harms': both are above what a tenth of the iterations is worth in a
-trial, `even`. 'no help': both are above what a twentieth is worth, so that a retraining would save less than the other
-one. Otherwise it cannot tell. With --orders=auto the 5% are divided among the four looks.
+'helps': both are below zero. A trial sees less than a retraining brings: where a trial sees no change, a retraining
+saves a tenth of its iterations, by the line of study/foretell.md. So 'harms': both are above what a tenth of the
+iterations is worth in a trial, `even`. 'no help': both are above `even` less what a twentieth is worth, so that a
+retraining would save less than a twentieth. Otherwise it cannot tell. With --orders=auto the 5% are divided among the
+four looks.
 An interrupted trial goes on with the same command. The exit status is 0 whatever the verdict.
 """
 
@@ -50,9 +51,9 @@ ARMS = ("control", "random", "filtered")
 OWN = {f"--{knob}" for knob in ("out_dir", "init_from", "score", "filter_negative", "filter_pool", "drop_random")}
 LOOKS = (4, 8, 16, 32)  # orders after which --orders=auto asks for the verdict
 LEVEL = 0.05  # of a false verdict, divided among the looks
-CALIBRATION = 2.0  # nats of a retraining for each nat of a trial: the slope of study/foretell.md, not its intercept
+CALIBRATION = 2.0  # nats of a retraining for each nat of a trial: the slope of the line of study/foretell.md
 WORTH = 0.05  # the share of the iterations that 'no help' must exclude
-AT_ZERO = 0.1  # the share of the iterations that retrainings saved where trials saw no change: study/foretell.md
+AT_ZERO = 0.1  # the share of the iterations that a retraining saves where a trial sees no change, by that line
 
 
 @functools.cache
@@ -75,8 +76,8 @@ def interval(differences, level):
 
 def orders_needed(differences, no_help, level):
     """
-    About how many orders it takes until all differences are below zero or above `no_help`; None where 1,000 are too
-    few.
+    About how many orders it takes until all intervals are below zero, or all above `no_help`; None where 1,000 are
+    too few.
     """
     means, sds = np.array([(np.mean(each), np.std(each, ddof=1)) for each in differences]).T
     for n in np.geomspace(len(differences[0]) + 1, 1000, 100).astype(int).tolist():
@@ -122,7 +123,7 @@ def thresholds(iters, losses, calibration=CALIBRATION):
         max(0.0, float(np.interp((1 - share) * iters[-1], iters, losses) - losses[-1])) / calibration
         for share in (AT_ZERO, WORTH)
     )
-    return at_zero - worth, at_zero
+    return max(0.0, at_zero - worth), at_zero
 
 
 def saved(run, nats):
@@ -149,10 +150,11 @@ def in_words(found, run, scope, share):
         more = "Not even 1,000 orders would tell."
     expected = saved(run, CALIBRATION * max(0.0, -found["effect"]))
     says = dict(helps=f"{what} helps: {measured}. Expect a retraining to need about {expected:.0%} fewer iterations.")
-    says["harms"] = f"{what} harms: {measured}. Expect a retraining to need more iterations."
+    says["harms"] = f"{what} harms: {measured}. Expect a retraining to save nothing, or to need more iterations."
     less = f"Expect a retraining to save less than {WORTH:.0%} of the iterations, if any."
     says["no help"] = f"{what} does not help: {measured}. {less}"
-    between = f"Where the study's trials saw no change, retrainings saved about {AT_ZERO:.0%} (study/foretell.md)."
+    between = f"Where the study's trials saw no change, retrainings saved about {AT_ZERO:.0%} by a fitted line, "
+    between += "but nothing that shows on text as found (study/foretell.md)."
     says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {between} {more}"
     said = says[found["verdict"]]
     if found["spread"]:

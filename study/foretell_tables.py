@@ -86,7 +86,10 @@ class Compared:
             self.curves.append((iters, theirs))
 
     def verdicts(self, slope):
-        """What trial.py would say after the orders of each seed, {seed: verdict}, if `slope` is its CALIBRATION."""
+        """
+        What trial.py would say after the orders of each seed, {seed: verdict}, if `slope` is its CALIBRATION and its
+        thresholds go by the retrained references' curves (it has the scored run's).
+        """
         found, limits = {}, np.mean([thresholds(*curve, slope) for curve in self.curves], 0)
         for seed in sorted({seed for seed, _ in self.trials}):
             orders = [order for (theirs, _), order in self.trials.items() if theirs == seed]
@@ -245,7 +248,9 @@ def draw(found, path):
     for zero in (ax.axhline, ax.axvline, right.axvline):
         zero(0, color="black", linewidth=0.5, linestyle="--")
     ax.set(xlabel="foretold: effect in the trial, nats", ylabel="realised: effect after retraining, nats")
-    ax.set_ylim(min(y.min(), oy.min(initial=0)) - 0.06, max(y.max(), 0) + 0.06)  # two retrainings have bars beyond
+    ax.set_ylim(
+        min(y.min(), oy.min(initial=0)) - 0.06, max(y.max(), 0) + 0.06
+    )  # the bar of a condition with two retrainings goes beyond
     ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), handlelength=1)
     others = [name for name in found if name not in names or name in ("15% damaged", "undamaged")][::-1]
     foretold = [found[name].foretold for name in others]

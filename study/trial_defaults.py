@@ -205,6 +205,7 @@ def print_tables(lines, known):
     found = {variant: effects_of(lines, variant, True) for variant in VARIANTS}
     found = {variant: each for variant, each in found.items() if all(each.values())}
     own, others = (effects_of(some, Variant(), False) for some in (lines, known))
+    others = {name: {key: each[key] for key in each if key not in own[name]} for name, each in others.items()}
     both = {name: own[name] | others[name] for name in CHOSEN}
     rows = {label_of(variant): each for variant, each in found.items()}
     rows |= {

@@ -232,7 +232,7 @@ def write_trial(path, losses, found, name):
             right.plot(mean, y, color=color, marker=marker)
         right.set_yticks(range(len(found["beside"])), [f"beside\n{arm}" for arm in found["beside"]])
         right.axvline(0, color="black", linewidth=0.8)
-        right.axvline(found["no_help"], label="'no help' is beyond", **DOTTED)
+        right.axvline(found["no_help"], label="all to the right of it: 'no help'", **DOTTED)
         right.set(ylim=(len(found["beside"]) - 0.5, -0.5), xlabel="filtered − the other arm (nats per token)")
         right.set_title(f"{found['verdict']}, {found['orders']} orders")
         right.legend(loc="center")
