@@ -30,10 +30,12 @@ try:
 except ImportError:  # some platforms have none: `runs_on` says so
     triton = None
 
+DTYPES = torch.bfloat16, torch.float32
+
 
 def runs_on(x):
     """Whether the kernels take x: on a GPU, bfloat16 or float32, and triton is installed."""
-    return x.is_cuda and triton is not None and x.dtype in (torch.bfloat16, torch.float32)
+    return x.is_cuda and triton is not None and x.dtype in DTYPES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,11 +82,11 @@ def rows_at_a_time(shape, itemsize):
     return min(n_out, -(-n_out // max(1, parts) // 128) * 128)
 
 
-def programs_of(shape, K, itemsize):
-    """(the numbers of a block, the programs for each part of the rows)"""
+def parts_of(shape, K, itemsize):
+    """(the rows of a part, the numbers of a program's block, the programs of each part) for (B, T, in, out)."""
     _, _, n_in, n_out = shape
-    block, rows = max(512, BLOCK // room_for(K)), rows_at_a_time(shape, itemsize)
-    return block, [-(-min(rows, n_out - row) * n_in // block) for row in range(0, n_out, rows)]
+    rows, block = rows_at_a_time(shape, itemsize), max(512, BLOCK // room_for(K))
+    return rows, block, [-(-min(rows, n_out - row) * n_in // block) for row in range(0, n_out, rows)]
 
 
 def room_for(K):
@@ -102,13 +104,12 @@ def weight_gradient(dw, x, dy, direction, add):
     """
     B, T, n_in = x.shape
     n_out, K = dy.shape[-1], len(direction)
-    if dy.shape != (B, T, n_out) or x.dtype != dy.dtype or x.dtype not in (torch.bfloat16, torch.float32):
+    if dy.shape != (B, T, n_out) or x.dtype != dy.dtype or x.dtype not in DTYPES:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and dy {tuple(dy.shape)} {dy.dtype} do not belong together")
     for name, matrix, shape in (("dw", dw, (n_out, n_in)), ("direction", direction, (K, n_out, n_in))):
         if matrix.shape != shape or matrix.dtype != torch.float32 or not matrix.is_contiguous():
             raise ValueError(f"{name} must be a contiguous float32 {shape}, not {matrix.dtype} {matrix.shape}")
-    shape, itemsize = (B, T, n_in, n_out), x.element_size()
-    rows, (block, programs) = rows_at_a_time(shape, itemsize), programs_of(shape, K, itemsize)
+    rows, block, programs = parts_of((B, T, n_in, n_out), K, x.element_size())
     products, dots, first = x.new_empty(B * rows * n_in), dw.new_empty(sum(programs), B, K), 0
     with torch.cuda.device_of(x):
         for row, n in zip(range(0, n_out, rows), programs, strict=True):
@@ -130,7 +131,7 @@ def weight_gradient_traffic(shape, dtype, K, add):
     where `add` is set, dW, which is written; each program's dots are written, read and added up.
     """
     B, T, n_in, n_out = shape
-    _, programs = programs_of(shape, K, dtype.itemsize)
+    _, _, programs = parts_of(shape, K, dtype.itemsize)
     gradients, dots = dtype.itemsize * B * n_out * n_in, 4 * B * K * (2 * sum(programs) + 1)
     return dtype.itemsize * B * T * (n_in + n_out) + gradients, gradients + 4 * n_out * n_in * (1 + add + K) + dots
 
@@ -190,7 +191,7 @@ def cross_entropy_rows(logits, targets, scale, backward):
     Raises ValueError for other shapes, dtypes or strides.
     """
     N, V = logits.shape
-    if logits.dtype not in (torch.bfloat16, torch.float32) or logits.stride(1) != 1:
+    if logits.dtype not in DTYPES or logits.stride(1) != 1:
         raise ValueError(f"logits must be bfloat16 or float32 with columns side by side, not {logits.dtype}")
     if targets.shape != (N,) or targets.dtype != torch.int64 or not targets.is_contiguous():
         raise ValueError(f"targets must be {N} int64 in a row, not {targets.dtype} {tuple(targets.shape)}")

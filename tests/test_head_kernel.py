@@ -213,8 +213,8 @@ def disassembled(compiled, tmp_path):
 
 def made(kernel, types, constants, warps, capability, tmp_path, monkeypatch):
     """
-    (registers, the machine code) of a kernel for a GPU of this capability: `types` of its arguments in their order, of
-    which the pointers and what is named in capitals are multiples of 16.
+    (registers, the machine code) of a kernel for a GPU of this capability, `types` being those of its arguments in
+    their order. Pointers, strides and sizes are multiples of 16, as GPT-2's are.
     """
     if kernels.triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set: nothing is compiled")

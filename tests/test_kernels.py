@@ -61,7 +61,7 @@ def bound(dtype):
 CASES = {
     "one token": dict(B=1, T=1, n_in=1, n_out=1),
     "T=1": dict(B=5, T=1, n_in=40, n_out=33),
-    "below the tile": dict(B=3, T=9, n_in=7, n_out=5),
+    "within a block": dict(B=3, T=9, n_in=7, n_out=5),
     "even": dict(B=4, T=32, n_in=64, n_out=32),
     "many samples": dict(B=37, T=3, n_in=33, n_out=17),
     "three directions": dict(B=4, T=20, n_in=33, n_out=17, K=3),
