@@ -25,6 +25,7 @@ loss). To second order G is taken at the midpoint of the step: `retreat_to_midpo
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -211,6 +212,17 @@ def attach_directions(model, n_directions=1):
     return buffers
 
 
+@contextmanager
+def eval_mode(model):
+    """The model in eval mode. Where it is in it already nothing is changed, which would take Python a millisecond."""
+    training = model.training
+    if training:
+        model.eval()
+    yield
+    if training:
+        model.train()
+
+
 def validation_gradient(model, x_val, y_val, micro_batch_size=None):
     """
     G, {parameter: gradient} of the mean loss of the windows x_val, y_val, (m, T), with the model in eval mode and
@@ -220,20 +232,16 @@ def validation_gradient(model, x_val, y_val, micro_batch_size=None):
     params = [p for p in model.parameters() if p.requires_grad]
     gradient, total = None, params[0].new_zeros(())
     size = micro_batch_size or max(1, len(x_val))
-    training = model.training
-    if training:
-        model.eval()
-    for i in range(0, len(x_val), size):
-        x, y = x_val[i : i + size], y_val[i : i + size]
-        loss = model(x, y)[1] * (len(x) / len(x_val))
-        part = torch.autograd.grad(loss, params)
-        total += loss.detach()
-        if gradient is None:
-            gradient = part
-        else:
-            torch._foreach_add_(gradient, part)
-    if training:
-        model.train()
+    with eval_mode(model):
+        for i in range(0, len(x_val), size):
+            x, y = x_val[i : i + size], y_val[i : i + size]
+            loss = model(x, y)[1] * (len(x) / len(x_val))
+            part = torch.autograd.grad(loss, params)
+            total += loss.detach()
+            if gradient is None:
+                gradient = part
+            else:
+                torch._foreach_add_(gradient, part)
     gradient = gradient or [torch.zeros_like(p) for p in params]  # a rank may have none of few windows
     return dict(zip(params, gradient, strict=True)), total
 

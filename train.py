@@ -27,7 +27,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_value import Directions, retreat_to_midpoint, validation_gradient
+from data_value import Directions, eval_mode, retreat_to_midpoint, validation_gradient
 from model import GPT, GPTConfig
 from support.configurator import UserError, check, check_training, configure
 from support.cost import line_of, step_cost, timed
@@ -203,16 +203,12 @@ def fresh_gradients(net, windows, iter_num, knobs, ranks):
 @torch.no_grad()
 def evaluate(net, windows, tokens, ids, knobs, ranks):
     """Mean loss in nats of the windows `ids` of the Tokens, in eval mode; the ranks take turns at the batches."""
-    training = net.training
-    if training:
-        net.eval()
     loss = torch.zeros((), device=knobs.device)
-    for start in range(ranks.rank * knobs.batch_size, len(ids), ranks.world * knobs.batch_size):
-        chunk = ids[start : start + knobs.batch_size]
-        with autocast(knobs):
-            loss += net(*windows.batch(tokens, chunk))[1] * (len(chunk) / len(ids))
-    if training:
-        net.train()
+    with eval_mode(net):
+        for start in range(ranks.rank * knobs.batch_size, len(ids), ranks.world * knobs.batch_size):
+            chunk = ids[start : start + knobs.batch_size]
+            with autocast(knobs):
+                loss += net(*windows.batch(tokens, chunk))[1] * (len(chunk) / len(ids))
     return ranks.total(loss).item()
 
 
