@@ -35,6 +35,7 @@ import data_value
 from model import GPT, GPTConfig
 from support.configurator import check_each, configure
 from support.cost import estimate_mfu, memory_mb, peak_tflops, timed
+from support.graphs import recorded, recorder_for
 from support.processes import autocast, check_device, keep_freed_memory
 
 
@@ -92,15 +93,44 @@ class Bench:
         self.autocast = autocast(knobs)
         self.adam = self.optimizer if knobs.value_direction == "adam" else None
         self.n_directions = knobs.n_directions
+        self.recorder = None if stock else recorder_for(knobs)  # nanoGPT has no graphs
+        self.recorded, self.replays = {}, True
 
-    def backward(self, *alpha):
+    def call(self, function, *windows):
+        """function(*windows): as in train.py a replay of its graph, where `replays` is set and there are any."""
+        if function not in self.recorded:
+            self.recorded[function] = recorded(function, self.recorder)
+        return (self.recorded[function] if self.replays else function)(*windows)
+
+    def loss(self, x, y, *alpha):
         with self.autocast:
-            loss = self.net(self.x, self.y, *alpha)[1]
-        loss.backward()
+            return self.net(x, y, *alpha)[1]
+
+    def alpha(self, x):
+        return torch.zeros(len(x), self.n_directions, device=x.device, requires_grad=True)
+
+    def add_gradients(self, x, y):
+        self.loss(x, y).backward()
+        return ()
+
+    def add_scored_gradients(self, x, y):
+        alpha = self.alpha(x)
+        self.loss(x, y, alpha).backward()
+        return (alpha.grad,)
+
+    def dots_alone(self, x, y):
+        alpha = self.alpha(x)
+        return torch.autograd.grad(self.loss(x, y, alpha), alpha)
+
+    def validate(self, x, y):
+        with self.autocast:
+            return tuple(data_value.validation_gradient(self.net, x, y)[0].values())
+
+    def backward(self):
+        self.call(self.add_gradients, self.x, self.y)
 
     def val(self):
-        with self.autocast:
-            return data_value.validation_gradient(self.net, self.x_val, self.y_val)[0]
+        return dict(zip(self.model.parameters(), self.call(self.validate, self.x_val, self.y_val), strict=True))
 
     def set_directions(self, stepped=False):
         if not hasattr(self, "buffers"):
@@ -108,16 +138,20 @@ class Bench:
         gradient = self.val()
         for row in range(self.n_directions):
             data_value.set_direction(self.buffers, gradient, self.adam, row, stepped, precondition=self.precondition)
-        return torch.zeros(len(self.x), self.n_directions, device=self.x.device, requires_grad=True)
+
+    def dots(self):
+        return self.call(self.add_scored_gradients, self.x, self.y)[0][:, 0] * len(self.x)
 
     def scored_backward(self):
-        alpha = self.set_directions()
-        self.backward(alpha)
-        return alpha.grad[:, 0] * len(self.x)
+        self.set_directions()
+        return self.dots()
 
     def step(self):
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
+
+    def forget_gradients(self):
+        self.optimizer.zero_grad(set_to_none=self.recorder is None)
 
     def plain(self):
         self.backward()
@@ -135,14 +169,13 @@ class Bench:
         self.optimizer.step()
         stepped = [p.detach().clone() for p in params]
         data_value.retreat_to_midpoint(self.optimizer)
-        alpha = self.set_directions(stepped=True)
+        self.set_directions(stepped=True)
         with torch.no_grad():
             torch._foreach_copy_(params, theta)
-        with self.autocast:
-            torch.autograd.grad(self.net(self.x, self.y, alpha)[1], alpha)
+        self.call(self.dots_alone, self.x, self.y)
         with torch.no_grad():
             torch._foreach_copy_(params, stepped)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
 
     def brute(self):
         """(B,): <grad l_i, G>, a batch of one at a time."""
@@ -166,7 +199,7 @@ def print_peak(knobs):
     bench = Bench(knobs, knobs.memory_of == "stock")
     bench.adam = None  # its state is the optimiser's
     for _ in range(2):
-        bench.optimizer.zero_grad()
+        bench.forget_gradients()
         bench.scored_backward() if knobs.memory_of == "scored" else bench.backward()
     on_gpu = knobs.device.startswith("cuda")
     print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM") - before)
@@ -203,7 +236,7 @@ def measure(knobs):
     ours.val()  # compiles here, if at all, not in brute force's time
     exact, brute_ms = timed(ours.brute, knobs.device, True)
     dots_rel_err = ((ours.scored_backward().double() - exact).norm() / exact.norm()).item()
-    ours.optimizer.zero_grad(set_to_none=True)
+    ours.forget_gradients()
     ours.adam = adam
 
     arms = dict(stock=stock.plain, plain=ours.plain, val=ours.val, scored=ours.scored, order2=ours.order2)

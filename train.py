@@ -31,6 +31,7 @@ from data_value import Directions, eval_mode, retreat_to_midpoint, validation_gr
 from model import GPT, GPTConfig
 from support.configurator import UserError, check, check_training, configure
 from support.cost import line_of, step_cost, timed
+from support.graphs import recorded, recorder_for
 from support.processes import autocast, how_to_resume, keep_freed_memory, processes, watch_signals, without_traceback
 from support.run_folder import RunFolder
 from support.values import load_values, write_values
@@ -96,7 +97,7 @@ class Knobs:
     # the machine
     device: str = "cuda"  # 'cpu', 'cuda', 'cuda:1', 'mps'
     dtype: str = "bfloat16"  # autocast to bfloat16, or 'float32'
-    compile: bool = True  # torch.compile the model and AdamW's direction
+    compile: bool = True  # torch.compile the model and AdamW's direction; on one GPU CUDA graphs replay them
     process_timeout: int = 600  # seconds after which processes that wait for a dead or hung one give up
 
     def __post_init__(self):
@@ -180,22 +181,48 @@ def restore(checkpoint, model, optimizer, directions):
     return checkpoint["iter_num"], checkpoint["position"], list(negative)
 
 
-def forward(net, batch, alpha, seed, knobs):
-    """The mean loss of a micro-batch x, y, (b, T), with alpha, (b, K), or None."""
-    if knobs.dropout:  # masks that depend on neither the number of processes nor on interruptions
-        torch.manual_seed(hash_of(*seed))
+def mean_loss_of(net, x, y, alpha, knobs):
+    """Of a micro-batch x, y, (b, T), with alpha, (b, K), or None."""
     with autocast(knobs):
-        return net(*batch, alpha)[1]
+        return net(x, y, alpha)[1]
 
 
-def fresh_gradients(net, windows, iter_num, knobs, ranks):
+def add_gradients(net, directions, micro_steps, knobs, x, y):
+    """Add a micro-batch's gradients to those of the parameters. Its part of the mean loss and, scored, the dots."""
+    alpha = directions.alpha(len(x)) if knobs.score and knobs.value_order == 1 else None
+    loss = mean_loss_of(net, x, y, alpha, knobs) / micro_steps
+    loss.backward()
+    return (loss.detach(),) if alpha is None else (loss.detach(), alpha.grad * (len(x) * micro_steps))
+
+
+def dots_alone(net, directions, micro_steps, knobs, x, y):
+    """The dots of a micro-batch; no gradient is added."""
+    alpha = directions.alpha(len(x))
+    (dots,) = torch.autograd.grad(mean_loss_of(net, x, y, alpha, knobs) / micro_steps, alpha)
+    return (dots * (len(x) * micro_steps),)
+
+
+def validate(net, knobs, x, y):
+    """The validation gradient of every parameter, and the mean loss."""
+    with autocast(knobs):
+        gradient, loss = validation_gradient(net, x, y, knobs.batch_size)
+    return *gradient.values(), loss
+
+
+def seed_dropout(iter_num, micro_step, knobs):
+    """The masks depend neither on the number of processes nor on interruptions."""
+    if knobs.dropout:
+        torch.manual_seed(hash_of(knobs.seed, iter_num, micro_step))
+
+
+def fresh_gradients(validate, params, windows, iter_num, knobs, ranks):
     """Yields (gradient, mean loss) of every group of this iteration's windows of every set; the ranks share a group."""
     for name in windows.val_sets:
         tokens, ids = windows.validation(name, iter_num)
         for group in np.split(ids, knobs.val_groups):
             mine = np.array_split(group, ranks.world)[ranks.rank]
-            with autocast(knobs):
-                gradient, loss = validation_gradient(net, *windows.batch(tokens, mine), knobs.batch_size)
+            *gradient, loss = validate(*windows.batch(tokens, mine))
+            gradient = dict(zip(params, gradient, strict=True))
             ranks.average(gradient, loss, len(mine) / len(group))
             yield gradient, loss
 
@@ -261,6 +288,10 @@ def train(knobs, ranks, stack):
     # training
     model.train(knobs.dropout > 0)  # else eval mode is the same, and Python takes a millisecond to change it and back
     micro_steps = knobs.gradient_accumulation_steps // ranks.world  # of this rank
+    recorder = recorder_for(knobs, ranks.world)
+    train_on = recorded(partial(add_gradients, net, directions, micro_steps, knobs), recorder)
+    dots_of = recorded(partial(dots_alone, compiled, directions, micro_steps, knobs), recorder)
+    validate_on = recorded(partial(validate, compiled, knobs), recorder)
     batches = stack.enter_context(closing(windows.batches(position, ranks)))
     val_loss, val_ms = torch.zeros((), device=knobs.device), 0.0
     line_ms, line_steps = 0.0, 0  # what the iterations since the last printed line took, and how many they are
@@ -296,7 +327,7 @@ def train(knobs, ranks, stack):
             group["lr"] = lr
 
         # the directions, from this iteration's own validation windows: nothing of `fresh` is computed before update()
-        fresh = fresh_gradients(compiled, windows, iter_num, knobs, ranks)
+        fresh = fresh_gradients(validate_on, params, windows, iter_num, knobs, ranks)
         if knobs.score and knobs.value_order == 1:
             val_loss, val_ms = timed(partial(directions.update, fresh, iter_num), knobs.device, reports)
             directions.fill(optimizer)
@@ -307,12 +338,10 @@ def train(knobs, ranks, stack):
         for micro_step, batch in micro_batches:
             if ranks.world > 1:
                 net.require_backward_grad_sync = micro_step == micro_batches[-1][0]  # DDP averages once
-            alpha = directions.alpha(knobs.batch_size) if knobs.score and knobs.value_order == 1 else None
-            loss = forward(net, batch, alpha, (knobs.seed, iter_num, micro_step), knobs) / micro_steps
-            loss.backward()
-            mean_loss = mean_loss + loss.detach()
-            if alpha is not None:
-                dots.append(alpha.grad * (knobs.batch_size * micro_steps))
+            seed_dropout(iter_num, micro_step, knobs)
+            loss, *dot = train_on(*batch)
+            mean_loss = mean_loss + loss
+            dots += dot
 
         # the step
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
@@ -333,13 +362,12 @@ def train(knobs, ranks, stack):
             with torch.no_grad():
                 torch._foreach_copy_(params, theta)
             for micro_step, batch in micro_batches:
-                alpha = directions.alpha(knobs.batch_size)
-                loss = forward(compiled, batch, alpha, (knobs.seed, iter_num, micro_step), knobs)
-                dots.append(torch.autograd.grad(loss / micro_steps, alpha)[0] * (knobs.batch_size * micro_steps))
+                seed_dropout(iter_num, micro_step, knobs)
+                dots += dots_of(*batch)
             with torch.no_grad():
                 torch._foreach_copy_(params, theta_next)
             watch.note(iter_num, ids, mean_loss, norm, val_loss, torch.cat(dots).sum())
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=recorder is None)  # a graph adds to gradients that stay where they are
         if knobs.score:
             dots = torch.cat(dots)
             folder.entries.append(dict(iter=iter_num, lr=lr, clip=clip, sample_id=ids, dot_product=dots))

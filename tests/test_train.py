@@ -438,7 +438,15 @@ def test_a_step_reads_nothing_from_its_device(home, monkeypatch, flags):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", ["", "--score=True --val_average=4", "--score=True --value_order=2"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--score=True --val_average=4",
+        "--score=True --value_order=2",
+        "--score=True --value_order=2 --compile=True",  # the replays of CUDA graphs
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_on_a_gpu_does_not_wait(home, monkeypatch, flags, dtype):
     """The steps 4 to 11 neither report nor evaluate. Each begins with its learning rate; the next one ends it."""

@@ -1,0 +1,113 @@
+"""CUDA graphs. Without a GPU: when there are any, and what a recording holds; on one: replays are what they replay."""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import TINY, call, corpus, home  # noqa: F401 (fixtures)
+from torch.nn import functional as F
+
+import train
+from support.graphs import EAGER, Recorded, Recorder, recorded, recorder_for
+from support.values import read_log
+
+needs_gpu = pytest.mark.gpu
+
+
+def test_only_compiled_code_on_one_gpu_has_graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
+    for compiled, device, world in [(True, "cpu", 1), (False, "cuda", 1), (True, "cuda", 2), (True, "mps", 1)]:
+        assert recorder_for(SimpleNamespace(compile=compiled, device=device), world) is None
+    recorder = recorder_for(SimpleNamespace(compile=True, device="cuda:1"))
+    assert (recorder.pool, recorder.stream) == ((0, 1), "stream") and recorded(len, recorder).function is len
+    assert recorded(len, None) is len
+
+
+def test_a_recording_holds_its_arguments_and_gives_copies_of_its_results(monkeypatch):
+    """With a graph that is made up: it computes its function again, from and into the tensors of the recording."""
+    made = []
+
+    class Graph:
+        def __init__(self):
+            made.append(self)
+
+        def replay(self):
+            for held, new in zip(self.results, self.function(*self.held), strict=True):
+                held.copy_(new)
+
+    @contextmanager
+    def recording(graph, pool, stream, capture_error_mode):
+        assert (pool, stream, capture_error_mode) == ("pool", recorder.stream, "thread_local")
+        yield
+
+    class Watched(Recorded):
+        def record(self, inputs):
+            graph, held, results = found = super().record(inputs)
+            graph.function, graph.held, graph.results = self.function, held, results
+            assert [x.stride() for x in held] == [x.stride() for x in inputs]
+            return found
+
+    recorder = SimpleNamespace(pool="pool", stream=SimpleNamespace(wait_stream=lambda other: None))
+    for name, fake in dict(CUDAGraph=Graph, graph=recording, stream=nullcontext).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: recorder.stream)
+    double = Watched(lambda x, y: (2 * x, x + y), recorder)
+    found, expected = [], []
+    for n in range(12):
+        both = torch.full((2 + n % 2, 9), float(n)).add_(torch.arange(9))
+        x, y = both[:, :-1], both[:, 1:]  # as a batch of windows
+        found.append(double(x, y))
+        expected.append((2 * x, x + y))
+        assert len(made) == max(0, min(2, n + 1 - 2 * EAGER))  # one for each shape, behind the eager calls
+    for ours, theirs in zip(found, expected, strict=True):  # later replays have not written over them
+        assert all(map(torch.equal, ours, theirs))
+
+
+@needs_gpu
+def test_replays_do_what_the_function_does():
+    """Two shapes in turn, random numbers by their seed, products, and sums that grow in place."""
+    torch.manual_seed(0)
+    weight = torch.randn(300, 200, device="cuda")
+    batches = [torch.randn(5 + n % 2, 300, device="cuda") for n in range(12)]
+    runs = []
+    for recorder in (None, Recorder()):
+        w = weight.clone().requires_grad_()
+
+        def add_gradient(x, w=w):
+            loss = F.dropout(x @ w, 0.5).square().mean()
+            loss.backward()
+            return loss.detach(), x.sum(1)
+
+        function, results = recorded(add_gradient, recorder), []
+        for n, x in enumerate(batches):
+            torch.manual_seed(n)
+            results += function(x)
+            if n % 3 == 2 and w.grad is not None:
+                w.grad.zero_()
+        runs.append([*results, w.grad])
+        assert recorder is None or len(function.graphs) == 2
+    for ours, theirs in zip(*runs, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--value_direction=adam --val_average=4 --gradient_accumulation_steps=2",
+        "--val_sets=odd,even --val_groups=2 --value_direction=sgd,adam --dropout=0.1 --grad_clip=1",
+        "--value_order=2 --optimizer=sgd",
+    ],
+)
+def test_a_run_with_graphs_is_the_run_without(home, monkeypatch, flags):  # noqa: F811
+    flags = f"{TINY} --device=cuda --compile=True --score=True --val_batch_size=4 --max_iters=9 --bias=False {flags}"
+    record, made = Recorded.record, []
+    monkeypatch.setattr(Recorded, "record", lambda self, inputs: made.append(self) or record(self, inputs))
+    call(train.main, f"{flags} --out_dir=out/graphs")
+    assert len({id(one) for one in made}) == (3 if "order=2" in flags else 2)
+    monkeypatch.setattr(train, "recorder_for", lambda *_: None)
+    call(train.main, f"{flags} --out_dir=out/eager")
+    graphs, eager = (read_log(f"out/{name}")["dot_product"] for name in ("graphs", "eager"))
+    assert abs(graphs - eager).max() < 1e-4 * abs(eager).max()
