@@ -440,7 +440,7 @@ def test_gpt2s_layer_norms_on_a_gpu(bias):
     from torch._inductor.utils import run_and_get_code
 
     torch.manual_seed(0)
-    layer_norm, x, dy = layer_norm_problem(16, 128, 768, 1, bias, device="cuda")
+    layer_norm, x, dy = layer_norm_problem(16, 1024, 768, 1, bias, device="cuda")
     exact = layer_norm_oracle(layer_norm, x, dy)
     for compiled in (False, True):
         x = x.detach().requires_grad_()
