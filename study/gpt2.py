@@ -2,22 +2,24 @@
 The paper's Figure 2 with GPT-2 124M in the time that there is: does it pay to leave out the windows of negative value?
 
     python study/gpt2.py --dataset=openwebtext --minutes=60    # on a GPU, into out/gpt2/; once more: it goes on
+    python study/gpt2.py --dataset=mine --target=news          # and values for one domain
 
 A baseline values its windows with the directions of config/baseline_best.py for a third of the time, N iterations. The
 trial starts every arm from the baseline's checkpoint, for N / 10 iterations in which the learning rate falls to zero:
-the control, the filtered one (filter_negative) and one that drops the same share at random, with the same window in
-every slot that two arms both accept. It is repeated in other orders while there is time; when four have ended and all
-three arms fit, they are trained afresh as well, for N / 2 iterations. Every run is one of train.py. What has ended is
-at once in metrics.json and figure.png, and is not run again.
+the control, the filtered one (filter_negative), one that drops the same share at random and, with a target, one that
+drops what has a negative value for it. Two arms have the same window in every slot that both accept. The trial is
+repeated in other orders while there is time; when four have ended and all arms fit, they are trained afresh as well,
+for N / 2 iterations. Every run is one of train.py. What has ended is at once in metrics.json and figure.png, and is not
+run again.
 """
 
+import io
 import json
 import os
-import subprocess
+import shutil
 import sys
-import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
 
 import matplotlib
@@ -31,10 +33,12 @@ sys.path[:0] = [ROOT, f"{ROOT}/study"]
 
 from tables import interval  # noqa: E402
 
+import train  # noqa: E402
 from report import read_run  # noqa: E402
 from support.configurator import UserError, configure  # noqa: E402
 from support.corpus import load_meta  # noqa: E402
-from support.values import load_values, write_values  # noqa: E402
+from support.processes import processes  # noqa: E402
+from support.values import load_values  # noqa: E402
 
 
 @dataclass
@@ -43,10 +47,11 @@ class Knobs:
     minutes: float = 60.0  # for everything; a run that has begun may end a little later
     max_iters: int = 0  # N is at most this; 0: an epoch of the corpus
     orders: int = 10  # of the trial, at most
+    target: str = ""  # a domain
     # the rest is train.py's
     dataset: str = "openwebtext"
     data_dir: str = "data"
-    compile: bool = True  # takes half a minute a run: below five minutes or so it saves less than it takes
+    compile: bool = True  # takes a minute or two once: below some minutes it saves less than it takes
     device: str = "cuda"
     dtype: str = "bfloat16"
     n_layer: int = 12
@@ -62,45 +67,47 @@ class Knobs:
     def __post_init__(self):
         if self.minutes <= 0 or not 1 <= self.orders <= 10:
             raise UserError(f"--minutes={self.minutes} --orders={self.orders}: expected some time, and 1 to 10 orders")
+        self.arms = ["control", "filtered", "random"] + ["target"] * bool(self.target)
+        self.val_sets = ",".join(["all", self.target][: 1 + bool(self.target)])
 
 
 RATE, TRIAL, AFRESH = 6e-4, 0.1, 0.5  # nanoGPT's learning rate; the iterations of the arms as shares of N
-ARMS = ("control", "filtered", "random")
+COLORS = ("tab:gray", "tab:blue", "tab:orange", "tab:green")
+FIRST = 30  # iterations of the baseline
+OURS = ("minutes", "orders", "target")  # knobs that train.py does not have
 
 
-def train(knobs, folder, limit=None, **flags):
+def run_here(knobs, folder, **flags):
     """
-    A run of train.py, gone on with where it was interrupted, and stopped after `limit` seconds: the seconds it took.
-    Raises UserError where it fails.
+    A run of train.py in this process, where what one run has compiled serves the next, gone on with where it was
+    interrupted or has ended: the seconds it took.
     """
-    theirs = {key: value for key, value in asdict(knobs).items() if key not in ("minutes", "orders")}
+    theirs = {key: value for key, value in asdict(knobs).items() if key not in OURS} | dict(val_sets=knobs.val_sets)
     flags = theirs | dict(eval_iters=16, checkpoint_interval=10**9) | flags | dict(out_dir=folder)
     flags |= dict(init_from="resume") if os.path.exists(f"{folder}/ckpt.pt") else {}
-    command = [sys.executable, f"{ROOT}/train.py", *(f"--{key}={value}" for key, value in flags.items())]
-    started = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(limit)
-        process.terminate()  # train.py ends the step that it is in, and writes a checkpoint
-        if process.wait():
-            log.seek(0)
-            raise UserError(f"{' '.join(command)}: {log.read()[-2000:]}")
+    run, started = train.Knobs(**flags), time.perf_counter()
+    with redirect_stdout(io.StringIO()), processes(run) as ranks, ExitStack() as stack:
+        if train.train(run, ranks, stack):
+            raise KeyboardInterrupt
     return time.perf_counter() - started
 
 
 def baseline_run(knobs, folder, iters, limit):
-    """The scored run, of `iters` iterations or `limit` seconds: what is known of it."""
-    flags = dict(score=True, value_direction="adam", val_average=32.0, max_iters=iters, eval_interval=10**9)
+    """The scored run, of `iters` iterations or some `limit` seconds: what is known of it."""
+    flags = dict(score=True, value_direction="adam", val_average=32.0, eval_interval=10**9, log_interval=10)
     # Constant behind the warm-up: it need not know where it will end, and the trial finds something to gain.
-    flags |= dict(
-        learning_rate=RATE, min_lr=RATE, warmup_iters=min(100, iters // 4), lr_decay_iters=10**6, log_interval=10
-    )
-    seconds = train(knobs, folder, limit, **flags)
-    write_values(folder, folder)  # the run itself writes them at its last iteration alone
+    flags |= dict(learning_rate=RATE, min_lr=RATE, warmup_iters=min(100, iters // 4), lr_decay_iters=10**6)
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds = run_here(knobs, folder, max_iters=min(iters, FIRST), **flags)  # compiles, and tells what a step takes
+    last = read_run(folder).lines[-1]
+    more = int((limit - seconds) / last["step_ms"] * 1000)
+    if iters > FIRST and more > 0:
+        seconds += run_here(knobs, folder, max_iters=min(iters, FIRST + more), **flags)
+        last = read_run(folder).lines[-1]
     _, value, visits = load_values(folder)
-    last = [line for line in read_run(folder).lines if "step_ms" in line][-1]
     found = dict(iters=int(visits.sum()) // knobs.batch_size, baseline_s=seconds, negative=float((value < 0).mean()))
+    if knobs.target:
+        found["negative_for_target"] = float((load_values(folder, f"{knobs.target}:adam")[1] < 0).mean())
     return found | dict(
         lr=last["lr"], scored_s=last["step_ms"] / 1000, plain_s=(last["step_ms"] - last["val_ms"]) / 1000
     )
@@ -110,35 +117,47 @@ def arm_run(knobs, plan, arm, order, afresh):
     """The line of an arm: on the baseline's windows, from its checkpoint or afresh."""
     baseline, folder = f"{knobs.out_dir}/baseline", f"{knobs.out_dir}/{'afresh' if afresh else 'trial'}_{arm}_{order}"
     iters = max(5, int((AFRESH if afresh else TRIAL) * plan["iters"]))
-    flags = dict(filtered=dict(filter_negative=True), random=dict(drop_random=plan["negative"])).get(arm, {})
-    flags |= dict(filter_from=baseline, filter_pool="scored", seed=order, max_iters=iters, log_interval=50)
+    how = dict(filtered=dict(filter_negative=True), random=dict(drop_random=plan["negative"]))
+    how |= dict(target=dict(filter_negative=True, filter_column=f"{knobs.target}:adam"))
+    flags = how.get(arm, {}) | dict(filter_from=baseline, filter_pool="scored", seed=order)
     # from the checkpoint on with the learning rate that it ended with; AdamW's state begins anew, hence a warm-up
     rates = (RATE, RATE / 10) if afresh else (plan["lr"], 0.0)
-    flags |= dict(warmup_iters=iters // 10, eval_interval=max(1, iters // 5), learning_rate=rates[0], min_lr=rates[1])
-    seconds = train(knobs, folder, init_from="scratch" if afresh else f"{baseline}/ckpt.pt", **flags)
+    flags |= dict(max_iters=iters, warmup_iters=iters // 10, learning_rate=rates[0], min_lr=rates[1])
+    flags |= dict(log_interval=50, eval_interval=max(1, iters // 5))
+    if not os.path.exists(f"{folder}/ckpt.pt"):  # a study that was interrupted has not noted this run
+        shutil.rmtree(folder, ignore_errors=True)
+    seconds = run_here(knobs, folder, init_from="scratch" if afresh else f"{baseline}/ckpt.pt", **flags)
     run = read_run(folder)
     os.remove(f"{folder}/ckpt.pt")  # 1.5 GB
-    line = dict(arm=arm, order=order, afresh=afresh, seconds=seconds)
-    return line | dict(iters=run.iters.tolist(), test_loss=run.losses.tolist())
+    line = dict(arm=arm, order=order, afresh=afresh, seconds=seconds, iters=run.iters.tolist())
+    if knobs.target:
+        line["test_loss_target"] = read_run(folder, knobs.target).losses.tolist()
+    return line | dict(test_loss=run.losses.tolist())
 
 
-def differences(lines, arm, afresh=False):
+def differences(lines, arm, afresh=False, key="test_loss"):
     """The arm's final test loss less the control's, of every order that has both."""
-    last = {(line["arm"], line["order"]): line["test_loss"][-1] for line in lines if line["afresh"] == afresh}
+    last = {(line["arm"], line["order"]): line[key][-1] for line in lines if line["afresh"] == afresh}
     return [last[arm, order] - last["control", order] for name, order in last if name == arm]
 
 
 def write(knobs, state):
     """metrics.json, and the figure once there is an order."""
-    found = {arm: differences(state["arms"], arm) for arm in ARMS[1:]}
-    state["final"] = {f"{arm} - control": interval(losses) for arm, losses in found.items() if losses}
+    keys = dict(test_loss="") | (dict(test_loss_target=f" on {knobs.target}") if knobs.target else {})
+    state["final"] = {}
+    for afresh in (False, True):
+        for arm in knobs.arms[1:]:
+            for key, where in keys.items():
+                losses = differences(state["arms"], arm, afresh, key)
+                name = f"{arm} - control{where}{', trained afresh' * afresh}"
+                state["final"] |= {name: interval(losses)} if losses else {}
     with open(f"{knobs.out_dir}/metrics.json.tmp", "w", encoding="utf-8") as file:
         json.dump(state, file, indent=1)
     os.replace(file.name, f"{knobs.out_dir}/metrics.json")
-    if not found["random"]:
+    if not all(differences(state["arms"], arm) for arm in knobs.arms[1:]):
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for place, (arm, color) in enumerate(zip(ARMS, ("tab:gray", "tab:blue", "tab:orange"), strict=True)):
+    for place, (arm, color) in enumerate(zip(knobs.arms, COLORS, strict=False)):
         runs = [line for line in state["arms"] if line["arm"] == arm and not line["afresh"]]
         curves = np.array([line["test_loss"] for line in runs]).T
         left.plot(runs[0]["iters"], curves, color=color, alpha=0.25)
@@ -150,7 +169,8 @@ def write(knobs, state):
     left.set_title("{negative:.0%} of the baseline's windows are negative".format(**state["plan"]))
     left.legend()
     right.axhline(0, color="tab:gray", lw=1)
-    right.set(xticks=range(3), xticklabels=ARMS, xlim=(-0.5, 2.5), title="every order; their mean and 95% of it")
+    places = dict(xticks=range(len(knobs.arms)), xticklabels=knobs.arms, xlim=(-0.5, len(knobs.arms) - 0.5))
+    right.set(**places, title="every order; their mean and 95% of it")
     right.set_ylabel("final test loss less the control's, nats")
     figure.savefig(f"{knobs.out_dir}/figure.png", dpi=120)
     plt.close(figure)
@@ -171,9 +191,8 @@ def main():
         plan |= baseline_run(
             knobs, f"{knobs.out_dir}/baseline", min(epoch, knobs.max_iters or epoch), 20 * knobs.minutes
         )
-        print(
-            "baseline: {iters:,} iterations in {baseline_s:.0f} s, {negative:.1%} negative".format(**plan), flush=True
-        )
+        said = "baseline: {iters:,} iterations in {baseline_s:.0f} s, {negative:.1%} negative"
+        print(said.format(**plan), flush=True)
         write(knobs, state)
 
     rounds = [(order, False) for order in range(1, knobs.orders + 1)]
@@ -184,12 +203,13 @@ def main():
         started = plan["baseline_s"] - plan["iters"] * plan["scored_s"]
         run_s = max((line["seconds"] for line in state["arms"] if not line["afresh"]), default=started)
         run_s += (AFRESH - TRIAL) * afresh * plan["iters"] * plan["plain_s"]
-        fits = time.monotonic() + (3 - len(ended)) * run_s < end
-        for arm in [arm for arm in ARMS if fits and arm not in ended]:
+        left = [arm for arm in knobs.arms if arm not in ended]
+        fits = time.monotonic() + len(left) * run_s < end
+        for arm in left if fits else ():
             state["arms"].append(arm_run(knobs, plan, arm, order, afresh))
             write(knobs, state)
             print(arm, f"order {order}", "afresh" * afresh, f"{state['arms'][-1]['test_loss'][-1]:.4f}", flush=True)
-    print(f"{len(state['arms'])} arms have ended; an order takes three more, of {run_s:.0f} s each")
+    print(f"{len(state['arms'])} arms have ended; an order takes {len(knobs.arms)} more, of {run_s:.0f} s each")
     for name, (mean, half) in state["final"].items():
         print(f"{name}: {mean:+.4f} nats", f"+- {half:.4f}, 95% of the mean over orders" if half is not None else "")
 
