@@ -374,7 +374,8 @@ def main():
     parser.add_argument("--source", required=True, help="a file of texts: minipile or wildpile, of any kind and folder")
     parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=100, help="no more than so many rounds of the plan")
+    parser.add_argument("--first_round", type=int, default=1, help="of the plan")
+    parser.add_argument("--rounds", type=int, default=100, help="no more than so many rounds")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--results", default=f"{HERE}/filters.jsonl")
     parser.add_argument("--known", default=f"{HERE}/foretell.jsonl", help="the lines of foretell.py")
@@ -388,7 +389,7 @@ def main():
     prepare(documents, SOURCES[source][0], lambda domain: domain != "german_manuals")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     with workers(args.jobs, begin_worker) as pool:
-        for orders, values, arms in rounds_of(source)[: args.rounds]:
+        for orders, values, arms in rounds_of(source)[args.first_round - 1 :][: args.rounds]:
             for seed in seeds:
                 run_all(pool, run_scored, [Scored(source, seed, each) for each in values], args.results)
                 runs = [Arm(source, seed, order, *arm) for order in orders for arm in arms]
