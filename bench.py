@@ -12,10 +12,11 @@ A step is forward, backward and AdamW, without clipping. (a) stock: cross-entrop
 with alpha; (e) order2: (b), (c) at the step's midpoint, and the batch again with alpha; (f) brute: (c) and a backward
 pass for each sample. The arms take turns within a round, and each round begins with the next of them. Ratios are of two
 times of the same round, medians and quartiles over the rounds: overhead = (scored - val) / plain - 1 is what scoring
-costs beyond the validation windows, total = scored / plain - 1, order2_over_plain = (order2 - val) / plain.
+costs beyond the validation windows, total = scored / plain - 1, order2_over_plain = (order2 - val) / plain. On a GPU
+with compile, (b) to (e) replay CUDA graphs, as train.py does. Stock has none, as nanoGPT.
 
-Peak memory is that of two forward and backward passes, each arm in a process of its own, above the resident size after
-import: weights, activations, gradients and the direction.
+Peak memory is that of three forward and backward passes, each arm in a process of its own, above the resident size
+after import: weights, activations, gradients and the direction.
 """
 
 import gc
@@ -35,7 +36,7 @@ import data_value
 from model import GPT, GPTConfig
 from support.configurator import check_each, configure
 from support.cost import estimate_mfu, memory_mb, peak_tflops, timed
-from support.graphs import recorded, recorder_for
+from support.graphs import EAGER, recorded, recorder_for
 from support.processes import autocast, check_device, keep_freed_memory
 
 
@@ -94,13 +95,13 @@ class Bench:
         self.adam = self.optimizer if knobs.value_direction == "adam" else None
         self.n_directions = knobs.n_directions
         self.recorder = None if stock else recorder_for(knobs)  # nanoGPT has no graphs
-        self.recorded, self.replays = {}, True
+        self.calls, self.replays = {}, True
 
     def call(self, function, *windows):
-        """function(*windows): as in train.py a replay of its graph, where `replays` is set and there are any."""
-        if function not in self.recorded:
-            self.recorded[function] = recorded(function, self.recorder)
-        return (self.recorded[function] if self.replays else function)(*windows)
+        """function(*windows). On a GPU it replays its graph, as train.py does, unless `replays` is False."""
+        if function not in self.calls:
+            self.calls[function] = recorded(function, self.recorder)
+        return (self.calls[function] if self.replays else function)(*windows)
 
     def loss(self, x, y, *alpha):
         with self.autocast:
@@ -198,7 +199,7 @@ def print_peak(knobs):
     before = memory_mb("VmRSS")
     bench = Bench(knobs, knobs.memory_of == "stock")
     bench.adam = None  # its state is the optimiser's
-    for _ in range(2):
+    for _ in range(EAGER + 1):  # on a GPU with compile the last is recorded
         bench.forget_gradients()
         bench.scored_backward() if knobs.memory_of == "scored" else bench.backward()
     on_gpu = knobs.device.startswith("cuda")

@@ -182,13 +182,16 @@ def restore(checkpoint, model, optimizer, directions):
 
 
 def mean_loss_of(net, x, y, alpha, knobs):
-    """Of a micro-batch x, y, (b, T), with alpha, (b, K), or None."""
+    """Returns it for a micro-batch x, y, (b, T), with alpha, (b, K), or None."""
     with autocast(knobs):
         return net(x, y, alpha)[1]
 
 
 def add_gradients(net, directions, micro_steps, knobs, x, y):
-    """Add a micro-batch's gradients to those of the parameters. Its part of the mean loss and, scored, the dots."""
+    """
+    Add a micro-batch's gradients to those of the parameters. Returns its part of the mean loss and, in a run that
+    scores to first order, its dots, (b, K).
+    """
     alpha = directions.alpha(len(x)) if knobs.score and knobs.value_order == 1 else None
     loss = mean_loss_of(net, x, y, alpha, knobs) / micro_steps
     loss.backward()
@@ -196,14 +199,14 @@ def add_gradients(net, directions, micro_steps, knobs, x, y):
 
 
 def dots_alone(net, directions, micro_steps, knobs, x, y):
-    """The dots of a micro-batch; no gradient is added."""
+    """Returns the dots of a micro-batch, (b, K); no gradient is added."""
     alpha = directions.alpha(len(x))
     (dots,) = torch.autograd.grad(mean_loss_of(net, x, y, alpha, knobs) / micro_steps, alpha)
     return (dots * (len(x) * micro_steps),)
 
 
 def validate(net, knobs, x, y):
-    """The validation gradient of every parameter, and the mean loss."""
+    """Returns the validation gradient of every parameter, and the mean loss."""
     with autocast(knobs):
         gradient, loss = validation_gradient(net, x, y, knobs.batch_size)
     return *gradient.values(), loss
@@ -215,13 +218,13 @@ def seed_dropout(iter_num, micro_step, knobs):
         torch.manual_seed(hash_of(knobs.seed, iter_num, micro_step))
 
 
-def fresh_gradients(validate, params, windows, iter_num, knobs, ranks):
+def fresh_gradients(gradient_of, params, windows, iter_num, knobs, ranks):
     """Yields (gradient, mean loss) of every group of this iteration's windows of every set; the ranks share a group."""
     for name in windows.val_sets:
         tokens, ids = windows.validation(name, iter_num)
         for group in np.split(ids, knobs.val_groups):
             mine = np.array_split(group, ranks.world)[ranks.rank]
-            *gradient, loss = validate(*windows.batch(tokens, mine))
+            *gradient, loss = gradient_of(*windows.batch(tokens, mine))
             gradient = dict(zip(params, gradient, strict=True))
             ranks.average(gradient, loss, len(mine) / len(group))
             yield gradient, loss
@@ -291,7 +294,7 @@ def train(knobs, ranks, stack):
     recorder = recorder_for(knobs, ranks.world)
     train_on = recorded(partial(add_gradients, net, directions, micro_steps, knobs), recorder)
     dots_of = recorded(partial(dots_alone, compiled, directions, micro_steps, knobs), recorder)
-    validate_on = recorded(partial(validate, compiled, knobs), recorder)
+    gradient_of = recorded(partial(validate, compiled, knobs), recorder)
     batches = stack.enter_context(closing(windows.batches(position, ranks)))
     val_loss, val_ms = torch.zeros((), device=knobs.device), 0.0
     line_ms, line_steps = 0.0, 0  # what the iterations since the last printed line took, and how many they are
@@ -327,7 +330,7 @@ def train(knobs, ranks, stack):
             group["lr"] = lr
 
         # the directions, from this iteration's own validation windows: nothing of `fresh` is computed before update()
-        fresh = fresh_gradients(validate_on, params, windows, iter_num, knobs, ranks)
+        fresh = fresh_gradients(gradient_of, params, windows, iter_num, knobs, ranks)
         if knobs.score and knobs.value_order == 1:
             val_loss, val_ms = timed(partial(directions.update, fresh, iter_num), knobs.device, reports)
             directions.fill(optimizer)
@@ -339,9 +342,9 @@ def train(knobs, ranks, stack):
             if ranks.world > 1:
                 net.require_backward_grad_sync = micro_step == micro_batches[-1][0]  # DDP averages once
             seed_dropout(iter_num, micro_step, knobs)
-            loss, *dot = train_on(*batch)
+            loss, *scored = train_on(*batch)
             mean_loss = mean_loss + loss
-            dots += dot
+            dots += scored
 
         # the step
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])

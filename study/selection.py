@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -173,6 +174,7 @@ def train_selecting(run, measured=False):
     betas = (knobs.beta1, knobs.beta2)
     optimizer = model.configure_optimizers(knobs.optimizer, knobs.weight_decay, knobs.learning_rate, betas)
     directions = Directions(model, windows.val_sets, knobs) if run.rule != "control" else None
+    gradient_of = partial(train.validate, model, knobs)
     rng, found = np.random.default_rng(knobs.seed), dict(iter=[], test_loss=[])
     log, real = [], []
     for iter_num in range(run.iterations):
@@ -183,7 +185,8 @@ def train_selecting(run, measured=False):
         x, y = windows.batch(windows.train, ids)
         chosen, dots, all_loss = np.arange(len(ids)), None, None
         if directions:
-            directions.update(train.fresh_gradients(model, windows, iter_num, knobs, ranks), iter_num)
+            fresh = train.fresh_gradients(gradient_of, list(model.parameters()), windows, iter_num, knobs, ranks)
+            directions.update(fresh, iter_num)
             directions.fill(optimizer)
             dots, all_loss = dots_of(model, directions, x, y)
             chosen = choose(dots, run.rule, B, rng)

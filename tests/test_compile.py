@@ -79,5 +79,7 @@ def test_a_run_compiles_the_model_and_adamws_direction(home, order, dtype):  # n
     torch._dynamo.utils.counters.clear()
     call(train.main, f"{flags} --compile=True --out_dir=out/compiled")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6 + (order == 2)  # and without alpha
+    call(train.main, f"{flags} --compile=True --seed=5 --out_dir=out/again")  # another run in this process: no more
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6 + (order == 2)
     eager, compiled = (read_log(f"out/{name}")["dot_product"] for name in ("eager", "compiled"))
     assert np.linalg.norm(compiled - eager) < 1e-3 * np.linalg.norm(eager)

@@ -3,12 +3,14 @@
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_train import TINY, call, corpus, home  # noqa: F401 (fixtures)
 from torch.nn import functional as F
 
 import train
+from support.configurator import UserError
 from support.graphs import EAGER, Recorded, Recorder, recorded, recorder_for
 from support.values import read_log
 
@@ -37,23 +39,17 @@ def test_a_recording_holds_its_arguments_and_gives_copies_of_its_results(monkeyp
             for held, new in zip(self.results, self.function(*self.held), strict=True):
                 held.copy_(new)
 
-    @contextmanager
-    def recording(graph, pool, stream, capture_error_mode):
-        assert (pool, stream, capture_error_mode) == ("pool", recorder.stream, "thread_local")
-        yield
-
     class Watched(Recorded):
-        def record(self, inputs):
-            graph, held, results = found = super().record(inputs)
+        def record(self, held):
+            graph, results = found = super().record(held)
             graph.function, graph.held, graph.results = self.function, held, results
-            assert [x.stride() for x in held] == [x.stride() for x in inputs]
             return found
 
-    recorder = SimpleNamespace(pool="pool", stream=SimpleNamespace(wait_stream=lambda other: None))
-    for name, fake in dict(CUDAGraph=Graph, graph=recording, stream=nullcontext).items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: recorder.stream)
-    double = Watched(lambda x, y: (2 * x, x + y), recorder)
+    def function(x, y):
+        seen.setdefault(x.shape, set()).add((x.data_ptr(), y.data_ptr()))
+        return 2 * x, x + y
+
+    double, seen = Watched(function, made_up_recorder(monkeypatch, Graph)), {}
     found, expected = [], []
     for n in range(12):
         both = torch.full((2 + n % 2, 9), float(n)).add_(torch.arange(9))
@@ -63,6 +59,66 @@ def test_a_recording_holds_its_arguments_and_gives_copies_of_its_results(monkeyp
         assert len(made) == max(0, min(2, n + 1 - 2 * EAGER))  # one for each shape, behind the eager calls
     for ours, theirs in zip(found, expected, strict=True):  # later replays have not written over them
         assert all(map(torch.equal, ours, theirs))
+    assert [len(places) for places in seen.values()] == [1, 1]  # what is compiled for the first call fits all others
+
+
+def made_up_recorder(monkeypatch, graph):
+    @contextmanager
+    def recording(graph, pool, stream, capture_error_mode):
+        assert (pool, stream, capture_error_mode) == ("pool", recorder.stream, "thread_local")
+        yield
+
+    recorder = SimpleNamespace(pool="pool", stream=SimpleNamespace(wait_stream=lambda other: None))
+    for name, fake in dict(CUDAGraph=graph, graph=recording, stream=nullcontext).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: recorder.stream)
+    return recorder
+
+
+def test_what_cannot_be_recorded_names_the_flag(monkeypatch):
+    calls = []
+
+    def function(x):
+        calls.append(x)
+        if len(calls) > EAGER:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+        return (x,)
+
+    function = Recorded(function, made_up_recorder(monkeypatch, SimpleNamespace))
+    for _ in range(EAGER):
+        function(torch.ones(2))
+    said = "--compile=True: no CUDA graph can be recorded here (CUDA out of memory.); use a smaller --batch_size, or"
+    with pytest.raises(UserError) as error:
+        function(torch.ones(2))
+    assert str(error.value) == f"{said} --compile=False"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--gradient_accumulation_steps=2 --val_average=4", "--value_order=2 --dropout=0.1", "--val_sets=odd,even"],
+)
+def test_what_a_recording_needs_stays_where_it_is(home, monkeypatch, flags):  # noqa: F811
+    """From the second step on no gradient and no direction moves; and the run is the same as without a recorder."""
+    flags, places = f"{TINY} --score=True --val_batch_size=4 --value_direction=adam --grad_clip=1 {flags}", []
+
+    def watched(function, recorder):
+        def call_it(*inputs):
+            results = function(*inputs)
+            if function.func is train.add_gradients:
+                net, directions = function.args[:2]
+                tensors = [p.grad for p in net.parameters()] + list(directions.buffers.values())
+                places.append([tensor.data_ptr() for tensor in (*net.parameters(), *tensors)])
+            return tuple(result.clone() for result in results)
+
+        return call_it
+
+    call(train.main, f"{flags} --out_dir=out/without")
+    monkeypatch.setattr(train, "recorder_for", lambda *_: "recorder")
+    monkeypatch.setattr(train, "recorded", watched)
+    call(train.main, f"{flags} --out_dir=out/with")
+    assert len(places) >= 8 and all(each == places[0] for each in places)
+    without, with_ = (read_log(f"out/{name}")["dot_product"] for name in ("without", "with"))
+    assert np.array_equal(without, with_)
 
 
 @needs_gpu
@@ -96,13 +152,15 @@ def test_replays_do_what_the_function_does():
 @pytest.mark.parametrize(
     "flags",
     [
+        "--value_direction=adam --batch_size=1 --val_batch_size=1",  # y, one window from its second token on
         "--value_direction=adam --val_average=4 --gradient_accumulation_steps=2",
         "--val_sets=odd,even --val_groups=2 --value_direction=sgd,adam --dropout=0.1 --grad_clip=1",
         "--value_order=2 --optimizer=sgd",
     ],
 )
 def test_a_run_with_graphs_is_the_run_without(home, monkeypatch, flags):  # noqa: F811
-    flags = f"{TINY} --device=cuda --compile=True --score=True --val_batch_size=4 --max_iters=9 --bias=False {flags}"
+    flags = f"--val_batch_size=4 --max_iters=9 --bias=False {flags}"
+    flags = f"{TINY} --device=cuda --compile=True --score=True {flags}"
     record, made = Recorded.record, []
     monkeypatch.setattr(Recorded, "record", lambda self, inputs: made.append(self) or record(self, inputs))
     call(train.main, f"{flags} --out_dir=out/graphs")
