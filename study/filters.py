@@ -380,6 +380,8 @@ def main():
     parser.add_argument("--results", default=f"{HERE}/filters.jsonl")
     parser.add_argument("--known", default=f"{HERE}/foretell.jsonl", help="the lines of foretell.py")
     args = parser.parse_args()
+    if args.first_round < 1:
+        parser.error(f"--first_round={args.first_round}: the first is 1")
 
     source = os.path.splitext(os.path.basename(args.source))[0]
     if source not in SOURCES:

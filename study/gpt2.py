@@ -7,12 +7,13 @@ The paper's Figure 2 with GPT-2 124M in the time that there is: does it pay to l
 A baseline values its windows with the directions of config/baseline_best.py for a third of the time, N iterations. The
 trial starts every arm from the baseline's checkpoint, for N / 10 iterations in which the learning rate falls to zero:
 the control, the filtered one (filter_negative), one that drops the same share at random and, with a target, one that
-drops what has a negative value for it. Two arms have the same window in every slot that both accept. The trial is
-repeated in other orders while there is time; when four have ended and all arms fit, they are trained afresh as well,
-for N / 2 iterations. Every run is one of train.py. What has ended is at once in metrics.json and figure.png, and is not
-run again.
+drops what has a negative value for it (its share has no random arm). Two arms have the same window in every slot that
+both accept. The trial is repeated in other orders while there is time; when four have ended and all arms fit, they are
+trained afresh as well, for N / 2 iterations. Every run is one of train.py. What has ended is at once in metrics.json
+and figure.png, and is not run again.
 """
 
+import gc
 import io
 import json
 import os
@@ -27,6 +28,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, f"{ROOT}/study"]
@@ -35,7 +37,7 @@ from tables import interval  # noqa: E402
 
 import train  # noqa: E402
 from report import read_run  # noqa: E402
-from support.configurator import UserError, configure  # noqa: E402
+from support.configurator import UserError, check, configure  # noqa: E402
 from support.corpus import load_meta  # noqa: E402
 from support.processes import processes  # noqa: E402
 from support.values import load_values  # noqa: E402
@@ -51,7 +53,7 @@ class Knobs:
     # the rest is train.py's
     dataset: str = "openwebtext"
     data_dir: str = "data"
-    compile: bool = True  # takes a minute or two once: below some minutes it saves less than it takes
+    compile: bool = True  # takes a minute or two once: below eight minutes it saves less than it takes
     device: str = "cuda"
     dtype: str = "bfloat16"
     n_layer: int = 12
@@ -67,21 +69,27 @@ class Knobs:
     def __post_init__(self):
         if self.minutes <= 0 or not 1 <= self.orders <= 10:
             raise UserError(f"--minutes={self.minutes} --orders={self.orders}: expected some time, and 1 to 10 orders")
-        self.arms = ["control", "filtered", "random"] + ["target"] * bool(self.target)
-        self.val_sets = ",".join(["all", self.target][: 1 + bool(self.target)])
+        self.arms, self.val_sets = ["control", "filtered", "random"], "all"
+        if self.target:
+            self.arms.append("target")
+            self.val_sets += "," + self.target.replace(",", "\\,")
 
 
 RATE, TRIAL, AFRESH = 6e-4, 0.1, 0.5  # nanoGPT's learning rate; the iterations of the arms as shares of N
 COLORS = ("tab:gray", "tab:blue", "tab:orange", "tab:green")
-FIRST = 30  # iterations of the baseline
+FIRST = 30  # iterations of the baseline's first leg
 OURS = ("minutes", "orders", "target")  # knobs that train.py does not have
 
 
 def run_here(knobs, folder, **flags):
     """
-    A run of train.py in this process, where what one run has compiled serves the next, gone on with where it was
-    interrupted or has ended: the seconds it took.
+    A run of train.py in this process, where what one run has compiled serves the next: the seconds it took. One that
+    was interrupted, or has ended before, is gone on with.
     """
+    gc.collect()
+    if knobs.device.startswith("cuda"):  # nothing of the run before is left there
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     theirs = {key: value for key, value in asdict(knobs).items() if key not in OURS} | dict(val_sets=knobs.val_sets)
     flags = theirs | dict(eval_iters=16, checkpoint_interval=10**9) | flags | dict(out_dir=folder)
     flags |= dict(init_from="resume") if os.path.exists(f"{folder}/ckpt.pt") else {}
@@ -97,13 +105,14 @@ def baseline_run(knobs, folder, iters, limit):
     flags = dict(score=True, value_direction="adam", val_average=32.0, eval_interval=10**9, log_interval=10)
     # Constant behind the warm-up: it need not know where it will end, and the trial finds something to gain.
     flags |= dict(learning_rate=RATE, min_lr=RATE, warmup_iters=min(100, iters // 4), lr_decay_iters=10**6)
-    shutil.rmtree(folder, ignore_errors=True)
-    seconds = run_here(knobs, folder, max_iters=min(iters, FIRST), **flags)  # compiles, and tells what a step takes
+    seconds, lines = 0.0, read_run(folder).lines if os.path.exists(f"{folder}/ckpt.pt") else []
+    if not lines:  # the first leg compiles, and tells what a step takes
+        seconds = run_here(knobs, folder, max_iters=min(iters, FIRST), **flags)
+        lines = read_run(folder).lines
+    done, more = lines[-1]["iter"] + 1, int((limit - seconds) / lines[-1]["step_ms"] * 1000)
+    if done < iters and more > 0:
+        seconds += run_here(knobs, folder, max_iters=min(iters, done + more), **flags)
     last = read_run(folder).lines[-1]
-    more = int((limit - seconds) / last["step_ms"] * 1000)
-    if iters > FIRST and more > 0:
-        seconds += run_here(knobs, folder, max_iters=min(iters, FIRST + more), **flags)
-        last = read_run(folder).lines[-1]
     _, value, visits = load_values(folder)
     found = dict(iters=int(visits.sum()) // knobs.batch_size, baseline_s=seconds, negative=float((value < 0).mean()))
     if knobs.target:
@@ -149,7 +158,7 @@ def write(knobs, state):
         for arm in knobs.arms[1:]:
             for key, where in keys.items():
                 losses = differences(state["arms"], arm, afresh, key)
-                name = f"{arm} - control{where}{', trained afresh' * afresh}"
+                name = f"{arm} - control{where}" + (", trained afresh" if afresh else "")
                 state["final"] |= {name: interval(losses)} if losses else {}
     with open(f"{knobs.out_dir}/metrics.json.tmp", "w", encoding="utf-8") as file:
         json.dump(state, file, indent=1)
@@ -180,10 +189,13 @@ def main():
     knobs = configure(Knobs, sys.argv[1:])
     end = time.monotonic() + 60 * knobs.minutes
     os.makedirs(knobs.out_dir, exist_ok=True)
-    state = dict(plan={}, arms=[])
+    mine = {key: value for key, value in asdict(knobs).items() if key not in ("minutes", "orders")}
+    state = dict(knobs=mine, plan={}, arms=[])
     if os.path.exists(f"{knobs.out_dir}/metrics.json"):
         with open(f"{knobs.out_dir}/metrics.json", encoding="utf-8") as file:
             state = json.load(file)
+        other = [f"--{key}={state['knobs'][key]}" for key in mine if state["knobs"][key] != mine[key]]
+        check(not other, f"{knobs.out_dir}: its study has {' '.join(other)}; use these, or another --out_dir")
     plan = state["plan"]
     if not plan:
         tokens = load_meta(f"{knobs.data_dir}/{knobs.dataset}")["splits"]["train"]["tokens"]
@@ -199,9 +211,10 @@ def main():
     rounds[4:4] = [(0, True)] * (knobs.orders >= 4)
     for order, afresh in rounds:
         ended = {line["arm"] for line in state["arms"] if (line["order"], line["afresh"]) == (order, afresh)}
-        # an arm takes what the longest has taken, the first what the baseline took to start; and more if it is longer
-        started = plan["baseline_s"] - plan["iters"] * plan["scored_s"]
-        run_s = max((line["seconds"] for line in state["arms"] if not line["afresh"]), default=started)
+        # An arm takes what the longest has taken, but the first, which compiles. The first takes what the baseline took
+        # to start. An arm that is trained afresh takes more.
+        seconds = [line["seconds"] for line in state["arms"] if not line["afresh"]]
+        run_s = max(seconds[1:] or seconds or [plan["baseline_s"] - plan["iters"] * plan["scored_s"]])
         run_s += (AFRESH - TRIAL) * afresh * plan["iters"] * plan["plain_s"]
         left = [arm for arm in knobs.arms if arm not in ended]
         fits = time.monotonic() + len(left) * run_s < end
