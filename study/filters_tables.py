@@ -148,10 +148,13 @@ def figure(arms, targets, path):
 
 
 def tradeoff(axis, arms, target):
-    """What the filters change on a target and on the mixture: points with intervals, and lines of the shares."""
+    """
+    What the filters change on a target and on the mixture: points with intervals, and lines of the shares. The label's
+    point, far outside, would make all else small.
+    """
     values, losses = arms.values_for(target), ("test_loss", f"test_loss_{target}")
     points = {"random": (values, "random", 0.0), "sign of the mixture": (values, "sign", 0.0)}
-    points |= {kind: (values, f"{target} {kind}", 0.0) for kind in KINDS}
+    points |= {kind: (values, f"{target} {kind}", 0.0) for kind in KINDS if kind != "label"}
     for place, (name, key) in enumerate(points.items()):
         effects = [arms.effects(key, "control", loss) for loss in losses]
         if not effects[0]:
