@@ -40,7 +40,7 @@ from report import read_run  # noqa: E402
 from support.configurator import UserError, check, configure  # noqa: E402
 from support.corpus import load_meta  # noqa: E402
 from support.processes import processes  # noqa: E402
-from support.values import load_values  # noqa: E402
+from support.values import load_values, log_files  # noqa: E402
 
 
 @dataclass
@@ -86,15 +86,15 @@ def run_here(knobs, folder, **flags):
     A run of train.py in this process, where what one run has compiled serves the next: the seconds it took. One that
     was interrupted, or has ended before, is gone on with.
     """
-    gc.collect()
-    if knobs.device.startswith("cuda"):  # nothing of the run before is left there
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    gc.collect()  # nothing of the run before stays, on a GPU either
     theirs = {key: value for key, value in asdict(knobs).items() if key not in OURS} | dict(val_sets=knobs.val_sets)
     flags = theirs | dict(eval_iters=16, checkpoint_interval=10**9) | flags | dict(out_dir=folder)
     flags |= dict(init_from="resume") if os.path.exists(f"{folder}/ckpt.pt") else {}
     run, started = train.Knobs(**flags), time.perf_counter()
     with redirect_stdout(io.StringIO()), processes(run) as ranks, ExitStack() as stack:
+        if run.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         if train.train(run, ranks, stack):
             raise KeyboardInterrupt
     return time.perf_counter() - started
@@ -105,13 +105,11 @@ def baseline_run(knobs, folder, iters, limit):
     flags = dict(score=True, value_direction="adam", val_average=32.0, eval_interval=10**9, log_interval=10)
     # Constant behind the warm-up: it need not know where it will end, and the trial finds something to gain.
     flags |= dict(learning_rate=RATE, min_lr=RATE, warmup_iters=min(100, iters // 4), lr_decay_iters=10**6)
-    seconds, lines = 0.0, read_run(folder).lines if os.path.exists(f"{folder}/ckpt.pt") else []
-    if not lines:  # the first leg compiles, and tells what a step takes
-        seconds = run_here(knobs, folder, max_iters=min(iters, FIRST), **flags)
-        lines = read_run(folder).lines
-    done, more = lines[-1]["iter"] + 1, int((limit - seconds) / lines[-1]["step_ms"] * 1000)
-    if done < iters and more > 0:
-        seconds += run_here(knobs, folder, max_iters=min(iters, done + more), **flags)
+    first = max(log_files(folder), default=0) + FIRST  # behind the checkpoint of a run that was interrupted
+    seconds = run_here(knobs, folder, max_iters=min(iters, first), **flags)  # compiles, and tells what a step takes
+    more = int((limit - seconds) / read_run(folder).lines[-1]["step_ms"] * 1000)
+    if first < iters and more > 0:
+        seconds += run_here(knobs, folder, max_iters=min(iters, first + more), **flags)
     last = read_run(folder).lines[-1]
     _, value, visits = load_values(folder)
     found = dict(iters=int(visits.sum()) // knobs.batch_size, baseline_s=seconds, negative=float((value < 0).mean()))

@@ -326,6 +326,11 @@ def test_a_baseline_lasts_as_long_as_it_may(home, monkeypatch):  # noqa: F811
         found = gpt2.baseline_run(knobs, folder, iters, limit)
         assert found["iters"] == expected and 0 <= found["negative"] <= 1
         assert (found["scored_s"], found["plain_s"]) == (1.0, 0.7) and found["baseline_s"] == (0.5 if iters == 9 else 1)
+    # one that was interrupted goes on from its checkpoint, measures this process's own steps, and has all its values
+    for limit, expected in ((12.6, 84), (0.0, 114)):
+        assert gpt2.baseline_run(knobs, "a", 10**6, limit)["iters"] == expected
+    os.remove("b/values.npz")
+    assert gpt2.baseline_run(knobs, "b", 35, 100.0)["iters"] == 35
 
 
 def test_an_order_without_the_time_for_it_is_left_for_later(home, monkeypatch, capsys):  # noqa: F811
