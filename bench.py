@@ -15,8 +15,8 @@ times of the same round, medians and quartiles over the rounds: overhead = (scor
 costs beyond the validation windows, total = scored / plain - 1, order2_over_plain = (order2 - val) / plain. On a GPU
 with compile, (b) to (e) replay CUDA graphs, as train.py does. Stock has none, as nanoGPT.
 
-Peak memory is that of three forward and backward passes, each arm in a process of its own, above the resident size
-after import: weights, activations, gradients and the direction.
+Peak memory is that of two forward and backward passes (three where the last is recorded), each arm in a process of its
+own, above the resident size after import: weights, activations, gradients and the direction.
 """
 
 import gc
@@ -199,7 +199,7 @@ def print_peak(knobs):
     before = memory_mb("VmRSS")
     bench = Bench(knobs, knobs.memory_of == "stock")
     bench.adam = None  # its state is the optimiser's
-    for _ in range(EAGER + 1):  # on a GPU with compile the last is recorded
+    for _ in range(EAGER + 1 if bench.recorder else 2):
         bench.forget_gradients()
         bench.scored_backward() if knobs.memory_of == "scored" else bench.backward()
     on_gpu = knobs.device.startswith("cuda")
@@ -242,7 +242,8 @@ def measure(knobs):
 
     arms = dict(stock=stock.plain, plain=ours.plain, val=ours.val, scored=ours.scored, order2=ours.order2)
     for run in arms.values():
-        run()
+        for _ in range(EAGER + 1 if ours.recorder else 1):  # compiles, and records its graphs
+            run()
     times = take_turns(arms, knobs)
     result = {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
     result["brute_ms"] = brute_ms

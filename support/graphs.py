@@ -38,7 +38,8 @@ class Recorded:
     memory, and nothing in it waits for the GPU. Each replay draws new random numbers from the current seed. What is
     returned are copies, since the next replay of any graph of this recorder writes over the graph's own results.
 
-    Raises UserError where a graph cannot be recorded, as where the GPU's memory has no room for it.
+    Raises UserError where a graph cannot be recorded, as where the GPU's memory has no room for it; then the process
+    must end.
     """
 
     def __init__(self, function, recorder):
@@ -78,5 +79,6 @@ class Recorded:
                 return graph, self.function(*held)
         except RuntimeError as error:
             cause = error.__context__ or error  # behind the first error there is that of a recording cut short
-            what, mend = str(cause).strip().splitlines()[0], "use a smaller --batch_size, or --compile=False"
+            what = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            mend = "use a smaller --batch_size, or --compile=False"
             raise UserError(f"--compile=True: no CUDA graph can be recorded here ({what:.150}); {mend}") from error
