@@ -370,7 +370,8 @@ def study_figures(path):
     arms = [{key: line[key] for key in ("arm", "order", "afresh", "seconds")} for line in state["arms"]]
     for arm, line in zip(arms, state["arms"], strict=True):
         arm |= dict(iters=line["iters"][-1], test_loss=line["test_loss"][-1])
-    return [state["plan"], *arms, *(dict(final=name, nats=found) for name, found in state["final"].items())]
+    plan = [state["plan"]] if state["plan"] else []  # it is empty until the baseline has ended
+    return [*plan, *arms, *(dict(final=name, nats=found) for name, found in state["final"].items())]
 
 
 def measure(knobs, work, executed):

@@ -115,9 +115,9 @@ def baseline_run(knobs, folder, iters, limit):
     found = dict(iters=int(visits.sum()) // knobs.batch_size, baseline_s=seconds, negative=float((value < 0).mean()))
     if knobs.target:
         found["negative_for_target"] = float((load_values(folder, f"{knobs.target}:adam")[1] < 0).mean())
-    return found | dict(
-        lr=last["lr"], scored_s=last["step_ms"] / 1000, plain_s=(last["step_ms"] - last["val_ms"]) / 1000
-    )
+    scored_s = last["step_ms"] / 1000
+    start_s = max(0.0, seconds - (found["iters"] - first + FIRST) * scored_s)  # what this process took to compile
+    return found | dict(lr=last["lr"], scored_s=scored_s, start_s=start_s, plain_s=scored_s - last["val_ms"] / 1000)
 
 
 def arm_run(knobs, plan, arm, order, afresh):
@@ -192,8 +192,10 @@ def main():
     if os.path.exists(f"{knobs.out_dir}/metrics.json"):
         with open(f"{knobs.out_dir}/metrics.json", encoding="utf-8") as file:
             state = json.load(file)
-        other = [f"--{key}={state['knobs'][key]}" for key in mine if state["knobs"][key] != mine[key]]
+        theirs = state.get("knobs", {})  # those of an older study have none
+        other = [f"--{key}={theirs.get(key)}" for key in mine if theirs.get(key) != mine[key]]
         check(not other, f"{knobs.out_dir}: its study has {' '.join(other)}; use these, or another --out_dir")
+    write(knobs, state)
     plan = state["plan"]
     if not plan:
         tokens = load_meta(f"{knobs.data_dir}/{knobs.dataset}")["splits"]["train"]["tokens"]
@@ -210,9 +212,9 @@ def main():
     for order, afresh in rounds:
         ended = {line["arm"] for line in state["arms"] if (line["order"], line["afresh"]) == (order, afresh)}
         # An arm takes what the longest has taken, but the first, which compiles. The first takes what the baseline took
-        # to start. An arm that is trained afresh takes more.
+        # to compile. An arm that is trained afresh takes more.
         seconds = [line["seconds"] for line in state["arms"] if not line["afresh"]]
-        run_s = max(seconds[1:] or seconds or [plan["baseline_s"] - plan["iters"] * plan["scored_s"]])
+        run_s = max(seconds[1:] or seconds or [plan["start_s"]])
         run_s += (AFRESH - TRIAL) * afresh * plan["iters"] * plan["plain_s"]
         left = [arm for arm in knobs.arms if arm not in ended]
         fits = time.monotonic() + len(left) * run_s < end

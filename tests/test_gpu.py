@@ -25,6 +25,7 @@ import bench
 import gpu
 import train
 from support import carry, kernels, profiled, stages, unexecuted
+from support.configurator import UserError
 
 sys.path.insert(0, f"{ROOT}/study")
 
@@ -332,9 +333,22 @@ def test_a_baseline_lasts_as_long_as_it_may(home, monkeypatch):  # noqa: F811
     os.remove("b/values.npz")
     assert gpt2.baseline_run(knobs, "b", 35, 100.0)["iters"] == 35
 
+    # what it took to compile is known apart from the steps, of a resumed one too: here 13 s in every first leg
+    starts = iter([13.0, 0.0, 13.0, 0.0])
+
+    def a_second_a_step_and_a_start(knobs, folder, **flags):
+        steps = flags["max_iters"] - max(gpt2.log_files(folder), default=0)
+        run_here(knobs, folder, **flags)
+        return steps + next(starts)
+
+    monkeypatch.setattr(gpt2, "run_here", a_second_a_step_and_a_start)
+    for expected in (42, 84):
+        found = gpt2.baseline_run(knobs, "d", 10**6, 13.0 + 30.0 + 12.6)
+        assert found["iters"] == expected and found["start_s"] == pytest.approx(13.0)
+
 
 def test_an_order_without_the_time_for_it_is_left_for_later(home, monkeypatch, capsys):  # noqa: F811
-    plan = dict(iters=10, baseline_s=60.0, negative=0.3, lr=1e-3, scored_s=0.1, plain_s=0.1)
+    plan = dict(iters=10, baseline_s=60.0, start_s=59.0, negative=0.3, lr=1e-3, scored_s=0.1, plain_s=0.1)
     monkeypatch.setattr(gpt2, "baseline_run", lambda *_: plan)
     line = dict(seconds=59.0, iters=[1], test_loss=[1.0])
     monkeypatch.setattr(gpt2, "arm_run", lambda knobs, plan, *of: line | dict(arm=of[0], order=of[1], afresh=of[2]))
@@ -375,3 +389,21 @@ def test_the_study_goes_on_where_it_was_stopped(home, monkeypatch, capsys):  # n
     }
     assert np.load("out/gpt2/baseline/values.npz")["visits"].sum() == 40
     assert "random - control" in capsys.readouterr().out
+
+
+def test_the_study_compares_its_knobs_before_it_trains(home, monkeypatch):  # noqa: F811
+    """A baseline that was interrupted must not go on with others; a study of older code has not noted its own."""
+    flags = ["gpt2.py", "--dataset=tiny", "--max_iters=10"]
+    monkeypatch.setattr(sys, "argv", flags)
+    trained = []
+    monkeypatch.setattr(gpt2, "baseline_run", lambda *of: trained.append(of) or sys.exit())
+    with pytest.raises(SystemExit):
+        gpt2.main()
+    assert len(trained) == 1
+    monkeypatch.setattr(sys, "argv", [*flags, "--max_iters=20"])
+    with pytest.raises(UserError, match="max_iters=10"):
+        gpt2.main()
+    with open("out/gpt2/metrics.json", "w", encoding="utf-8") as file:
+        json.dump(dict(plan={}, arms=[]), file)
+    with pytest.raises(UserError, match="out/gpt2"):
+        gpt2.main()
