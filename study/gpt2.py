@@ -192,8 +192,7 @@ def main():
     if os.path.exists(f"{knobs.out_dir}/metrics.json"):
         with open(f"{knobs.out_dir}/metrics.json", encoding="utf-8") as file:
             state = json.load(file)
-        theirs = state.get("knobs", {})  # those of an older study have none
-        other = [f"--{key}={theirs.get(key)}" for key in mine if theirs.get(key) != mine[key]]
+        other = [f"--{key}={then}" for key in mine if (then := state.get("knobs", {}).get(key)) != mine[key]]
         check(not other, f"{knobs.out_dir}: its study has {' '.join(other)}; use these, or another --out_dir")
     write(knobs, state)
     plan = state["plan"]
