@@ -192,7 +192,8 @@ def main():
     if os.path.exists(f"{knobs.out_dir}/metrics.json"):
         with open(f"{knobs.out_dir}/metrics.json", encoding="utf-8") as file:
             state = json.load(file)
-        other = [f"--{key}={then}" for key in mine if (then := state.get("knobs", {}).get(key)) != mine[key]]
+        check("knobs" in state, f"{knobs.out_dir}: its metrics.json is of older code; give another --out_dir")
+        other = [f"--{key}={state['knobs'].get(key)}" for key in mine if state["knobs"].get(key) != mine[key]]
         check(not other, f"{knobs.out_dir}: its study has {' '.join(other)}; use these, or another --out_dir")
     write(knobs, state)
     plan = state["plan"]
@@ -211,9 +212,9 @@ def main():
     for order, afresh in rounds:
         ended = {line["arm"] for line in state["arms"] if (line["order"], line["afresh"]) == (order, afresh)}
         # An arm takes what the longest has taken, but the first, which compiles. The first takes what the baseline took
-        # to compile. An arm that is trained afresh takes more.
+        # to compile, and its steps. An arm that is trained afresh takes more.
         seconds = [line["seconds"] for line in state["arms"] if not line["afresh"]]
-        run_s = max(seconds[1:] or seconds or [plan["start_s"]])
+        run_s = max(seconds[1:] or seconds or [plan["start_s"] + TRIAL * plan["iters"] * plan["plain_s"]])
         run_s += (AFRESH - TRIAL) * afresh * plan["iters"] * plan["plain_s"]
         left = [arm for arm in knobs.arms if arm not in ended]
         fits = time.monotonic() + len(left) * run_s < end

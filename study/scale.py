@@ -2,10 +2,13 @@
 Does what a trial sees grow or vanish with the size of the model?
 
     python study/scale.py --minipile=minipile.parquet --wildpile=wildpile.parquet     # the runs
-    python study/scale.py --tables                                                    # the table and the figure
+    python study/scale.py --tables                                                    # the tables and the figure
 
-The scored runs and the trials are those of foretell.py with larger models: the same windows, as many iterations, a peak
-of the learning rate that falls with the root of the width. The smallest model's lines are those of foretell.py.
+The scored runs and the trials are those of foretell.py with larger models. They see the same windows in the same number
+of iterations. The peak of the learning rate is 2e-3 * sqrt(96 / n_embd), a rule of thumb. The lines of the smallest
+model are those of foretell.py. An effect is the filtered arm's final test loss less the mean of the control's and of
+the random drop's, of one order. ± is half of the 95% interval over scored runs, of which each counts with the mean of
+its orders.
 
 Every run is a run of train.py. When it has ended, one JSON line about it joins study/scale.jsonl. A run that has a line
 is not run again, so a study that was interrupted goes on; the scored runs stay in out/ for their arms.
@@ -23,22 +26,21 @@ from foretell import CONDITIONS, HERE, ITERATIONS, arms_of, make_corpora, run_al
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from foretell_tables import effects, orders_of, read_lines, said  # noqa: E402
+from foretell_tables import effects, half_interval, orders_of, read_lines, said  # noqa: E402
 from tables import markdown  # noqa: E402
+from trial_defaults import number, spread  # noqa: E402
 
 from study import CENTRE, DAMAGE  # noqa: E402
-from trial import t_quantile  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan.
 
 CHOSEN = {name: CONDITIONS[name] for name in ("15% damaged", "wild, for prose", "wild")}
 SMALLEST = "0.25M"
-SHAPES = {  # the weights of a model, and its shape
+SHAPES = {  # the weights of a model, with its embeddings, and its shape
     SMALLEST: dict(n_layer=2, n_head=2, n_embd=96),
     "1M": dict(n_layer=4, n_head=3, n_embd=144),
     "4M": dict(n_layer=6, n_head=5, n_embd=240),
-    "10M": dict(n_layer=8, n_head=6, n_embd=324),
 }
 
 
@@ -68,7 +70,7 @@ def plan(conditions, size, seed, orders):
 
 
 def weights_of(size):
-    """The number of weights in the blocks, 12 a layer and squared width; the embeddings have 257 rows and 64."""
+    """The weights of the blocks, 12 n_layer n_embd^2, without the embeddings of 257 tokens and 64 positions."""
     return 12 * SHAPES[size]["n_layer"] * SHAPES[size]["n_embd"] ** 2
 
 
@@ -83,7 +85,10 @@ def begin_worker():
 
 
 def with_model(run, function):
-    """function(a Run or a scored run of foretell.py) with the model of this Trial or Scored, in folders of its own."""
+    """
+    Call `function` with a Trial or a Scored as foretell.py knows it, while foretell.py has the model, the learning rate
+    and the folders of its size.
+    """
     *same, size = run
     rate = CENTRE["learning_rate"] * (CENTRE["n_embd"] / SHAPES[size]["n_embd"]) ** 0.5
     model, halved = SHAPES[size] | dict(learning_rate=rate, min_lr=rate / 10), dict(learning_rate=rate / 2)
@@ -112,99 +117,86 @@ def run_arm(run):
 
 
 def lines_of(size, own, known):
-    """The lines of a size, by the runs of foretell.py: those `known` of the smallest, of this study's `own` else."""
+    """{run of foretell.py: line} of a size: `known`, of foretell.py, for the smallest, for the others some of `own`."""
     return known if size == SMALLEST else {run[:-1]: line for run, line in own.items() if run[-1] == size}
 
 
-def by_seed(lines, condition, arm, orders):
-    """{seed: the arm's effects in its first `orders` orders}, of trials; see effects()."""
-    whole = orders_of(lines, condition, True, arms_of(condition))
-    some, found = {key: whole[key] for key in whole if key[1] <= orders}, {}
-    for (seed, _), effect in zip(some, effects(some, condition.target, arm), strict=True):
-        found.setdefault(seed, []).append(effect)
+def trials_of(lines, condition, n):
+    """{seed: {(seed, order): {arm: line}}} of the first n orders."""
+    found = {}
+    for key, arms in orders_of(lines, condition, True, arms_of(condition)).items():
+        if key[1] <= n:
+            found.setdefault(key[0], {})[key] = arms
     return found
 
 
-def noise_of(found):
-    """The standard deviation over the orders of a seed, pooled over seeds; nan where each has one order."""
-    variances = [np.var(each, ddof=1) for each in found.values() if len(each) > 1]
-    return np.mean(variances) ** 0.5 if variances else np.nan
+def cells_of(lines, condition, arm, trials):
+    """What the table says of an arm of a size, see its head; and {seed: its effects}."""
+    target, scored = condition.target, [lines[condition.corpus, condition.values, seed] for seed in trials]
+    controls = [[arms["control"][target][-1] for arms in orders.values()] for orders in trials.values()]
+    gains = [line[target][-1] - np.mean(losses) for line, losses in zip(scored, controls, strict=True)]
+    found = {seed: effects(orders, target, arm) for seed, orders in trials.items()}
+    dropped = [100 * arms[arm]["dropped"] for orders in trials.values() for arms in orders.values()]
+    aucs = [[line["columns"][condition.column]["auc"][kind] for line in scored] for kind in DAMAGE]
+    unknown = [arm == "oracle" or None in each for each in aucs]  # the oracle does not go by values
+    cells = [str(len(trials)), str(sum(map(len, trials.values()))), f"{np.mean(sum(controls, [])):.3f}"]
+    cells += [f"{np.mean(gains):.4f}".replace("-", "−"), f"{np.mean(dropped):.0f}"]
+    cells.append(" / ".join("–" if no else f"{np.mean(each):.2f}" for no, each in zip(unknown, aucs, strict=True)))
+    return [*cells, said([np.mean(each) for each in found.values()]), number(spread([found]), "{:.4f}")], found
 
 
-def line_over_sizes(points):
+def slopes(by_size):
     """
-    From (weights, effect) of scored runs, (slope a tenfold of the weights, half of its 95% interval, effect at 124M,
-    half of the interval of that mean); None where they have fewer than three points or one size.
+    From {size: {seed: effects}} the slopes of least squares, in nats for ten times the weights, of every seed that has
+    all of the sizes. Seeds are the unit: the runs of a seed have the same windows in the same order, whatever the size.
     """
-    x, y = np.log10([weights for weights, _ in points]), np.array([effect for _, effect in points])
-    if len(x) < 3 or np.ptp(x) == 0:
-        return None
-    slope, intercept = np.polyfit(x, y, 1)
-    squares, at = ((x - x.mean()) ** 2).sum(), np.log10(85e6)  # the weights in the blocks of GPT-2 124M
-    left = (((y - slope * x - intercept) ** 2).sum() / (len(x) - 2)) ** 0.5 * t_quantile(0.975, len(x) - 2)
-    far = left * (1 / len(x) + (at - x.mean()) ** 2 / squares) ** 0.5
-    return slope, left / squares**0.5, intercept + slope * at, far
+    x = np.log10([weights_of(size) for size in by_size])
+    seeds = set.intersection(*map(set, by_size.values())) if len(x) > 1 else ()
+    return [float(np.polyfit(x, [np.mean(by_size[size][seed]) for size in by_size], 1)[0]) for seed in sorted(seeds)]
 
 
-def cells_of(lines, condition, arm, found):
-    """What the table says of an arm of a size: see its head."""
-    orders = orders_of(lines, condition, True, arms_of(condition)).values()
-    scored = [lines[condition.corpus, condition.values, seed]["columns"][condition.column] for seed in found]
-    losses = [order["control"][condition.target][-1] for order in orders]
-    dropped = [100 * order[arm]["dropped"] for order in orders]
-    aucs = [[each["auc"][kind] for each in scored] for kind in DAMAGE]
-    cells = [str(len(found)), str(sum(map(len, found.values()))), f"{np.mean(losses):.3f}", f"{np.mean(dropped):.0f}"]
-    cells.append(" / ".join("–" if None in each else f"{np.mean(each):.2f}" for each in aucs))
-    return [*cells, said([np.mean(each) for each in found.values()]), f"{noise_of(found):.4f}"]
-
-
-def show(own, known, orders, path):
-    """Print the tables of the effects in the first `orders` orders, and draw them over the number of weights."""
-    rows, fits, drawn = [], [], {}
+def show(own, known, n, path):
+    """Print the tables of the effects in the first n orders, and draw them over the number of weights."""
+    rows, slope_rows, drawn = [], [], {}
     arms = [(name, "filtered", condition) for name, condition in CHOSEN.items()]
     arms += [(f"{name}, oracle", "oracle", one) for name, one in CHOSEN.items() if "oracle" in arms_of(one)]
     for label, arm, condition in arms:
+        found = drawn[label] = {}
         for size in SHAPES:
             lines = lines_of(size, own, known)
-            found = by_seed(lines, condition, arm, orders)
-            if found:
-                rows.append([label, size, *cells_of(lines, condition, arm, found)])
-                drawn.setdefault(label, {})[size] = [np.mean(each) for each in found.values()]
-        line = line_over_sizes([(weights_of(size), mean) for size in drawn[label] for mean in drawn[label][size]])
-        if line:
-            slope, half, far, far_half = line
-            fits.append([label, f"{slope:+.4f} ± {half:.4f}", f"{far:+.3f} ± {far_half:.3f}"])
-    head = ["condition", "weights", "scored runs", "orders", "control's loss", "dropped, %"]
+            trials = trials_of(lines, condition, n)
+            if trials:
+                cells, found[size] = cells_of(lines, condition, arm, trials)
+                rows.append([label, size, *cells])
+        for count in range(2, len(found) + 1):
+            sizes = list(found)[:count]
+            each = slopes({size: found[size] for size in sizes})
+            if each:
+                slope_rows.append([label, f"{sizes[0]} to {sizes[-1]}", str(len(each)), said(each)])
+    head = ["condition", "weights", "scored runs", "orders", "control's loss", "control's gain, nats", "dropped, %"]
     head += ["AUC: shuffled / foreign / duplicated", "effect in the trial, nats", "an order's spread"]
     print(f"## Sizes\n\n{markdown(head, rows)}")
-    fits = [[cell.replace("-", "−") for cell in row] for row in fits]
-    print(f"## Lines\n\n{markdown(['condition', 'a tenfold of the weights, nats', 'the line at 124M, nats'], fits)}")
+    head = ["condition", "weights", "scored runs", "ten times the weights, nats"]
+    print(f"## Slopes\n\n{markdown(head, slope_rows)}")
     draw(drawn, path)
 
 
 def draw(drawn, path):
-    """{label: {size: effects of scored runs}}: a point for each run, and the means with their intervals."""
+    """{label: {size: {seed: effects}}}: a point for each scored run, and the means with their intervals over them."""
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    for number, (label, sizes) in enumerate(drawn.items()):
-        shift = 1.04 ** (number - (len(drawn) - 1) / 2)
+    for place, (label, sizes) in enumerate(drawn.items()):
+        shift = 1.04 ** (place - (len(drawn) - 1) / 2)
         x = [shift * weights_of(size) for size in sizes]
-        for place, effects_there in zip(x, sizes.values(), strict=True):
-            ax.plot([place] * len(effects_there), effects_there, ".", color=f"C{number}", markersize=4, alpha=0.5)
-        means = [np.mean(each) for each in sizes.values()]
-        halves = [half_over_seeds(each) for each in sizes.values()]
-        ax.errorbar(x, means, yerr=halves, fmt="o-", color=f"C{number}", markersize=5, capsize=3, label=label)
+        means = [[np.mean(each) for each in found.values()] for found in sizes.values()]
+        for at, each in zip(x, means, strict=True):
+            ax.plot([at] * len(each), each, ".", color=f"C{place}", markersize=4, alpha=0.5)
+        look = dict(fmt="o-", color=f"C{place}", markersize=5, capsize=3, label=label)
+        ax.errorbar(x, [np.mean(each) for each in means], yerr=[half_interval(each) for each in means], **look)
     ax.axhline(0, color="black", linewidth=0.5, linestyle="--")
     ax.set(xscale="log", xlabel="weights in the blocks", ylabel="effect in the trial, nats (below zero: it helps)")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, title="small points: scored runs; bars: 95% over them")
     fig.savefig(path, dpi=110)
     plt.close(fig)
-
-
-def half_over_seeds(means):
-    """Half of the 95% interval of the mean over scored runs (Student's t); nan of one or two: no bar."""
-    if len(means) < 3:
-        return np.nan
-    return t_quantile(0.975, len(means) - 1) * np.std(means, ddof=1) / len(means) ** 0.5
 
 
 def main():
@@ -225,6 +217,8 @@ def main():
     if args.tables:
         show(read_lines(args.results), read_lines(args.known), args.orders, f"{args.out}/scale.png")
         return
+    if not (args.minipile and args.wildpile):
+        parser.error("name both --minipile and --wildpile, or give --tables")
     make_corpora(args.minipile, args.wildpile)
     conditions = [CHOSEN[name] for name in args.conditions]
     with workers(args.jobs, begin_worker) as pool:

@@ -348,7 +348,7 @@ def test_a_baseline_lasts_as_long_as_it_may(home, monkeypatch):  # noqa: F811
 
 
 def test_an_order_without_the_time_for_it_is_left_for_later(home, monkeypatch, capsys):  # noqa: F811
-    plan = dict(iters=10, baseline_s=60.0, start_s=59.0, negative=0.3, lr=1e-3, scored_s=0.1, plain_s=0.1)
+    plan = dict(iters=10, baseline_s=60.0, start_s=58.9, negative=0.3, lr=1e-3, scored_s=0.1, plain_s=0.1)
     monkeypatch.setattr(gpt2, "baseline_run", lambda *_: plan)
     line = dict(seconds=59.0, iters=[1], test_loss=[1.0])
     monkeypatch.setattr(gpt2, "arm_run", lambda knobs, plan, *of: line | dict(arm=of[0], order=of[1], afresh=of[2]))
@@ -405,5 +405,14 @@ def test_the_study_compares_its_knobs_before_it_trains(home, monkeypatch):  # no
         gpt2.main()
     with open("out/gpt2/metrics.json", "w", encoding="utf-8") as file:
         json.dump(dict(plan={}, arms=[]), file)
-    with pytest.raises(UserError, match="out/gpt2"):
+    with pytest.raises(UserError, match="older code"):
         gpt2.main()
+
+
+def test_the_figures_of_a_study_without_a_baseline_are_none(tmp_path):
+    arm = dict(arm="control", order=1, afresh=False, seconds=2.0, iters=[1, 5], test_loss=[3.0, 2.0])
+    for plan, arms, expected in ({}, [], 0), (dict(iters=9), [], 1), (dict(iters=9), [arm], 2):
+        with open(tmp_path / "metrics.json", "w", encoding="utf-8") as file:
+            json.dump(dict(plan=plan, arms=arms, final={}), file)
+        found = gpu.study_figures(tmp_path / "metrics.json")
+        assert len(found) == expected and {} not in found
