@@ -88,6 +88,7 @@ SCORED = {  # the knobs of the scored runs, by name
     "average32": dict(val_average=32),
     "m16": {},
     "m1 fixed": dict(val_batch_size=1, val_windows=1),
+    "16 windows": dict(val_average=32, val_windows=16),  # the same sixteen at each iteration
 }
 TRIAL = dict(learning_rate=CENTRE["learning_rate"] / 2, min_lr=0.0, warmup_iters=4)
 
@@ -117,6 +118,8 @@ CONDITIONS = {
     "for python_code": Condition(CLEAN, "python_code:adam", "test_loss_python_code"),
     "for novels, on all": Condition(CLEAN, "novels:adam"),
     "for python_code, on all": Condition(CLEAN, "python_code:adam"),
+    "for novels, 16 windows": Condition(CLEAN, "novels:adam", "test_loss_novels", "16 windows"),
+    "for python_code, 16 windows": Condition(CLEAN, "python_code:adam", "test_loss_python_code", "16 windows"),
     "embedded corpus": Condition("python"),
     "wild": Condition("wild"),
     "wild, without junk": Condition("wild_without_junk"),
