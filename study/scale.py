@@ -194,7 +194,11 @@ def draw(drawn, path):
         ax.errorbar(x, [np.mean(each) for each in means], yerr=[half_interval(each) for each in means], **look)
     ax.axhline(0, color="black", linewidth=0.5, linestyle="--")
     ax.set(xscale="log", xlabel="weights in the blocks", ylabel="effect in the trial, nats (below zero: it helps)")
-    ax.legend(frameon=False, title="small points: scored runs; bars: 95% over them")
+    title, below = (
+        "small points: scored runs; bars: 95% over them",
+        dict(loc="upper center", bbox_to_anchor=(0.5, -0.12)),
+    )
+    ax.legend(frameon=False, title=title, ncols=2, **below)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 

@@ -146,3 +146,11 @@ def test_the_study_needs_both_texts(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         scale.main()
     assert "--wildpile" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_tables_of_its_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--tables", f"--out={tmp_path}"])
+    scale.main()
+    made = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    with open(f"{ROOT}/study/scale.md", encoding="utf-8") as file:
+        assert [line.rstrip("\n") for line in file if line.startswith("| ")] == made and len(made) > 8
