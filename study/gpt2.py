@@ -22,6 +22,7 @@ import sys
 import time
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import matplotlib
 
@@ -190,8 +191,7 @@ def main():
     mine = {key: value for key, value in asdict(knobs).items() if key not in ("minutes", "orders")}
     state = dict(knobs=mine, plan={}, arms=[])
     if os.path.exists(f"{knobs.out_dir}/metrics.json"):
-        with open(f"{knobs.out_dir}/metrics.json", encoding="utf-8") as file:
-            state = json.load(file)
+        state = json.loads(Path(f"{knobs.out_dir}/metrics.json").read_text("utf-8"))
         check("knobs" in state, f"{knobs.out_dir}: its metrics.json is of older code; give another --out_dir")
         other = [f"--{key}={state['knobs'].get(key)}" for key in mine if state["knobs"].get(key) != mine[key]]
         check(not other, f"{knobs.out_dir}: its study has {' '.join(other)}; use these, or another --out_dir")
