@@ -194,11 +194,8 @@ def draw(drawn, path):
         ax.errorbar(x, [np.mean(each) for each in means], yerr=[half_interval(each) for each in means], **look)
     ax.axhline(0, color="black", linewidth=0.5, linestyle="--")
     ax.set(xscale="log", xlabel="weights in the blocks", ylabel="effect in the trial, nats (below zero: it helps)")
-    title, below = (
-        "small points: scored runs; bars: 95% over them",
-        dict(loc="upper center", bbox_to_anchor=(0.5, -0.12)),
-    )
-    ax.legend(frameon=False, title=title, ncols=2, **below)
+    ax.set_title("small points: scored runs; bars: 95% over them", fontsize=10)
+    ax.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
