@@ -247,10 +247,10 @@ def steps(knobs, report):
             ours.dots()
         ours.step()
 
-    plan = dict(plain=arm(ours.plain), scored=arm(ours.scored), stock=None, val=arm(ours.val))
+    plan = dict(plain=arm(ours.plain), scored=arm(ours.scored), plain480=plain480, scored480=arm(scored480, 16))
+    plan |= dict(order2=arm(ours.order2), stock=None, val=arm(ours.val))
     plan |= dict(micro=ours.backward, scored_micro=ours.dots)  # a further micro-batch: its gradients join those there
-    plan |= dict(plain480=plain480, scored480=arm(scored480, 16))
-    plan |= dict(scored4=arm(ours.scored, 4), val4=arm(ours.val, 4), order2=arm(ours.order2))  # 4: of m = 4 windows
+    plan |= dict(scored4=arm(ours.scored, 4), val4=arm(ours.val, 4))  # of m = 4 windows
     arms = {}
     for name, run in plan.items():
         uses, before = owners.get(name, ["ours", "directions"]), memory()

@@ -4,13 +4,13 @@ The paper's Figure 2 with GPT-2 124M in the time that there is: does it pay to l
     python study/gpt2.py --dataset=openwebtext --minutes=60    # on a GPU, into out/gpt2/; once more: it goes on
     python study/gpt2.py --dataset=mine --target=news          # and values for one domain
 
-A baseline values its windows with the directions of config/baseline_best.py for a third of the time, N iterations. The
-trial starts every arm from the baseline's checkpoint, for N / 10 iterations in which the learning rate falls to zero:
-the control, the filtered one (filter_negative), one that drops the same share at random and, with a target, one that
-drops what has a negative value for it (its share has no random arm). Two arms have the same window in every slot that
-both accept. The trial is repeated in other orders while there is time; when four have ended and all arms fit, they are
-trained afresh as well, for N / 2 iterations. Every run is one of train.py. What has ended is at once in metrics.json
-and figure.png, and is not run again.
+A baseline values its windows with the directions of config/baseline_best.py for N iterations: a third of the time that
+compiling leaves, at most --max_iters. The trial starts every arm from the baseline's checkpoint, for N / 10 iterations
+in which the learning rate falls to zero: the control, the filtered one (filter_negative), one that drops the same share
+at random and, with a target, one that drops what has a negative value for it (its share has no random arm). Two arms
+have the same window in every slot that both accept. The trial is repeated in other orders while there is time; when
+four have ended and all arms fit, they are trained afresh as well, for N / 2 iterations. Every run is one of train.py.
+What has ended is at once in metrics.json and figure.png, and is not run again.
 """
 
 import gc
@@ -101,14 +101,17 @@ def run_here(knobs, folder, **flags):
     return time.perf_counter() - started
 
 
-def baseline_run(knobs, folder, iters, limit):
-    """The scored run, of `iters` iterations or some `limit` seconds: what is known of it."""
+def baseline_run(knobs, folder, iters, total):
+    """The scored run, `iters` iterations or a third of what compiling leaves of the `total` seconds: what is known."""
     flags = dict(score=True, value_direction="adam", val_average=32.0, eval_interval=10**9, log_interval=10)
     # Constant behind the warm-up: it need not know where it will end, and the trial finds something to gain.
     flags |= dict(learning_rate=RATE, min_lr=RATE, warmup_iters=min(100, iters // 4), lr_decay_iters=10**6)
-    first = max(log_files(folder), default=0) + FIRST  # behind the checkpoint of a run that was interrupted
-    seconds = run_here(knobs, folder, max_iters=min(iters, first), **flags)  # compiles, and tells what a step takes
-    more = int((limit - seconds) / read_run(folder).lines[-1]["step_ms"] * 1000)
+    done = max(log_files(folder), default=0)  # of a run that was interrupted
+    first = min(iters, done + FIRST)
+    seconds = run_here(knobs, folder, max_iters=first, **flags)  # compiles, and tells what a step takes
+    scored_s = read_run(folder).lines[-1]["step_ms"] / 1000
+    start_s = max(0.0, seconds - (first - done) * scored_s)  # what this process took to compile
+    more = int(((total - start_s) / 3 - (seconds - start_s)) / scored_s)
     if first < iters and more > 0:
         seconds += run_here(knobs, folder, max_iters=min(iters, first + more), **flags)
     last = read_run(folder).lines[-1]
@@ -116,9 +119,8 @@ def baseline_run(knobs, folder, iters, limit):
     found = dict(iters=int(visits.sum()) // knobs.batch_size, baseline_s=seconds, negative=float((value < 0).mean()))
     if knobs.target:
         found["negative_for_target"] = float((load_values(folder, f"{knobs.target}:adam")[1] < 0).mean())
-    scored_s = last["step_ms"] / 1000
-    start_s = max(0.0, seconds - (found["iters"] - first + FIRST) * scored_s)  # what this process took to compile
-    return found | dict(lr=last["lr"], scored_s=scored_s, start_s=start_s, plain_s=scored_s - last["val_ms"] / 1000)
+    plain_s = (last["step_ms"] - last["val_ms"]) / 1000
+    return found | dict(lr=last["lr"], scored_s=last["step_ms"] / 1000, start_s=start_s, plain_s=plain_s)
 
 
 def arm_run(knobs, plan, arm, order, afresh):
@@ -200,9 +202,8 @@ def main():
     if not plan:
         tokens = load_meta(f"{knobs.data_dir}/{knobs.dataset}")["splits"]["train"]["tokens"]
         epoch = (tokens - 1) // knobs.block_size // knobs.batch_size
-        plan |= baseline_run(
-            knobs, f"{knobs.out_dir}/baseline", min(epoch, knobs.max_iters or epoch), 20 * knobs.minutes
-        )
+        iters = min(epoch, knobs.max_iters or epoch)
+        plan |= baseline_run(knobs, f"{knobs.out_dir}/baseline", iters, 60 * knobs.minutes)
         said = "baseline: {iters:,} iterations in {baseline_s:.0f} s, {negative:.1%} negative"
         print(said.format(**plan), flush=True)
         write(knobs, state)
@@ -211,13 +212,14 @@ def main():
     rounds[4:4] = [(0, True)] * (knobs.orders >= 4)
     for order, afresh in rounds:
         ended = {line["arm"] for line in state["arms"] if (line["order"], line["afresh"]) == (order, afresh)}
-        # An arm takes what the longest has taken, but the first, which compiles. The first takes what the baseline took
-        # to compile, and its steps. An arm that is trained afresh takes more.
+        # An arm takes what the longest has taken, but the first, which also compiles, as long as the baseline. An arm
+        # that is trained afresh takes more.
         seconds = [line["seconds"] for line in state["arms"] if not line["afresh"]]
-        run_s = max(seconds[1:] or seconds or [plan["start_s"] + TRIAL * plan["iters"] * plan["plain_s"]])
+        run_s = max(seconds[1:] or seconds or [TRIAL * plan["iters"] * plan["plain_s"]])
         run_s += (AFRESH - TRIAL) * afresh * plan["iters"] * plan["plain_s"]
+        start_s = 0.0 if seconds else plan["start_s"]
         left = [arm for arm in knobs.arms if arm not in ended]
-        fits = time.monotonic() + len(left) * run_s < end
+        fits = time.monotonic() + start_s + len(left) * run_s < end
         for arm in left if fits else ():
             state["arms"].append(arm_run(knobs, plan, arm, order, afresh))
             write(knobs, state)
