@@ -159,6 +159,7 @@ def test_replays_do_what_the_function_does():
     ],
 )
 def test_a_run_with_graphs_is_the_run_without(home, monkeypatch, flags):  # noqa: F811
+    torch._dynamo.reset()  # what another test has compiled
     flags = f"--val_batch_size=4 --max_iters=9 --bias=False {flags}"
     flags = f"{TINY} --device=cuda --compile=True --score=True {flags}"
     record, made = Recorded.record, []
