@@ -166,22 +166,23 @@ def write(knobs, state):
     os.replace(file.name, f"{knobs.out_dir}/metrics.json")
     if not all(differences(state["arms"], arm) for arm in knobs.arms[1:]):
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for place, (arm, color) in enumerate(zip(knobs.arms, COLORS, strict=False)):
+    figure, (left, *rest) = plt.subplots(1, 1 + len(keys), figsize=(5 * (1 + len(keys)), 4), layout="constrained")
+    for arm, color in zip(knobs.arms, COLORS, strict=False):
         runs = [line for line in state["arms"] if line["arm"] == arm and not line["afresh"]]
         curves = np.array([line["test_loss"] for line in runs]).T
         left.plot(runs[0]["iters"], curves, color=color, alpha=0.25)
         left.plot(runs[0]["iters"], curves.mean(1), color=color, lw=2, label=arm)
-        losses = differences(state["arms"], arm)
-        right.plot([place] * len(losses), losses, "o", color=color, alpha=0.5)
-        right.errorbar([place], np.mean(losses), interval(losses)[1], color="black", capsize=5, fmt="_", ms=15)
     left.set(xlabel="iterations after the baseline's {iters:,}".format(**state["plan"]), ylabel="test loss, nats")
     left.set_title("{negative:.0%} of the baseline's windows are negative".format(**state["plan"]))
     left.legend()
-    right.axhline(0, color="tab:gray", lw=1)
-    places = dict(xticks=range(len(knobs.arms)), xticklabels=knobs.arms, xlim=(-0.5, len(knobs.arms) - 0.5))
-    right.set(**places, title="every order; their mean and 95% of it")
-    right.set_ylabel("final test loss less the control's, nats")
+    for ax, (key, where) in zip(rest, keys.items(), strict=True):
+        for place, (arm, color) in enumerate(zip(knobs.arms, COLORS, strict=False)):
+            losses = differences(state["arms"], arm, key=key)
+            ax.plot([place] * len(losses), losses, "o", color=color, alpha=0.5)
+            ax.errorbar([place], np.mean(losses), interval(losses)[1], color="black", capsize=5, fmt="_", ms=15)
+        ax.axhline(0, color="tab:gray", lw=1)
+        ax.set(xticks=range(len(knobs.arms)), xticklabels=knobs.arms, xlim=(-0.5, len(knobs.arms) - 0.5))
+        ax.set(title="every order; their mean and 95% of it", ylabel=f"final loss{where} less the control's, nats")
     figure.savefig(f"{knobs.out_dir}/figure.png", dpi=120)
     plt.close(figure)
 
