@@ -22,6 +22,7 @@ import sys
 import time
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -145,22 +146,21 @@ def arm_run(knobs, plan, arm, order, afresh):
     return line | dict(test_loss=run.losses.tolist())
 
 
-def differences(lines, arm, afresh=False, key="test_loss"):
-    """The arm's final test loss less the control's, of every order that has both."""
+def differences(lines, arm, afresh=False, key="test_loss", other="control"):
+    """The arm's final test loss less another one's, of every order that has both."""
     last = {(line["arm"], line["order"]): line[key][-1] for line in lines if line["afresh"] == afresh}
-    return [last[arm, order] - last["control", order] for name, order in last if name == arm]
+    return [last[arm, order] - last[other, order] for name, order in last if name == arm and (other, order) in last]
 
 
 def write(knobs, state):
     """metrics.json, and the figure once there is an order."""
     keys = dict(test_loss="") | (dict(test_loss_target=f" on {knobs.target}") if knobs.target else {})
     state["final"] = {}
-    for afresh in (False, True):
-        for arm in knobs.arms[1:]:
-            for key, where in keys.items():
-                losses = differences(state["arms"], arm, afresh, key)
-                name = f"{arm} - control{where}" + (", trained afresh" if afresh else "")
-                state["final"] |= {name: interval(losses)} if losses else {}
+    pairs = [(arm, other) for arm in knobs.arms[1:] for other in ("control", "random") if arm != other]
+    for afresh, (arm, other), (key, where) in product((False, True), pairs, keys.items()):
+        losses = differences(state["arms"], arm, afresh, key, other)
+        name = f"{arm} - {other}{where}" + (", trained afresh" if afresh else "")
+        state["final"] |= {name: interval(losses)} if losses else {}
     with open(f"{knobs.out_dir}/metrics.json.tmp", "w", encoding="utf-8") as file:
         json.dump(state, file, indent=1)
     os.replace(file.name, f"{knobs.out_dir}/metrics.json")

@@ -308,6 +308,8 @@ def test_differences_are_of_the_same_order():
     ]
     assert gpt2.differences(lines, "filtered") == [-0.5] and gpt2.differences(lines, "random") == [0.5, 0.25]
     assert gpt2.differences(lines, "filtered", afresh=True) == []
+    assert gpt2.differences(lines, "filtered", other="random") == [-1.0]
+    assert gpt2.differences(lines, "random", other="filtered") == [1.0]  # the second order has none of it
 
 
 def test_a_baseline_lasts_as_long_as_it_may(home, monkeypatch):  # noqa: F811
@@ -385,7 +387,15 @@ def test_the_study_goes_on_where_it_was_stopped(home, monkeypatch, capsys):  # n
     assert after["arms"][:2] == before["arms"] and [line["arm"] for line in after["arms"]][2:] == ["random", "target"]
     assert after["plan"] == before["plan"] and 0 <= after["plan"]["negative_for_target"] < 1
     assert set(after["final"]) == {
-        f"{arm} - control{where}" for arm in ("filtered", "random", "target") for where in ("", " on odd")
+        f"{pair}{where}"
+        for pair in (
+            "filtered - control",
+            "filtered - random",
+            "random - control",
+            "target - control",
+            "target - random",
+        )
+        for where in ("", " on odd")
     }
     assert np.load("out/gpt2/baseline/values.npz")["visits"].sum() == 40
     assert "random - control" in capsys.readouterr().out
