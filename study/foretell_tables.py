@@ -85,14 +85,14 @@ class Compared:
             self.saved.append(saving(iters, ours, theirs))
             self.curves.append((iters, theirs))
 
-    def verdicts(self, slope):
+    def verdicts(self, slope, most=100):
         """
-        What trial.py would say after the orders of each seed, {seed: verdict}, if `slope` is its CALIBRATION and its
-        thresholds go by the retrained references' curves (it has the scored run's).
+        What trial.py would say after the first `most` orders of each seed, {seed: verdict}, if `slope` is its
+        CALIBRATION and its thresholds go by the retrained references' curves (it has the scored run's).
         """
         found, limits = {}, np.mean([thresholds(*curve, slope) for curve in self.curves], 0)
         for seed in sorted({seed for seed, _ in self.trials}):
-            orders = [order for (theirs, _), order in self.trials.items() if theirs == seed]
+            orders = [order for (theirs, i), order in self.trials.items() if theirs == seed and i <= most]
             if len(orders) == 1:  # no interval, no verdict
                 continue
             arms = (*REFERENCES, "filtered")
@@ -181,14 +181,15 @@ def line_cells(x, y):
 
 
 def outcomes_table(found, slope):
-    """How often the verdicts were right, by verdict."""
+    """How often the verdicts were right, by verdict; of the standard trials also after their first four orders."""
     names, counts = [name for name in found if standard(name)], {}
-    for label, some in (("standard", names), ("variants", [name for name in found if name not in names])):
+    others = [name for name in found if name not in names]
+    for label, some, most in (("four orders", names, 4), ("all orders", names, 100), ("variants", others, 100)):
         for name in some:
-            for verdict in found[name].verdicts(slope).values():
+            for verdict in found[name].verdicts(slope, most).values():
                 row = counts.setdefault((label, verdict), dict(right=0, wrong=0, undecidable=0, withheld=0))
                 row[found[name].outcome(verdict)] += 1
-    rows = [[label, verdict, *map(str, row.values())] for (label, verdict), row in sorted(counts.items())]
+    rows = [[label, verdict, *map(str, row.values())] for (label, verdict), row in counts.items()]
     return markdown(["trials", "verdict", "right", "wrong", "undecidable", "withheld"], rows)
 
 

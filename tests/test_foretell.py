@@ -137,6 +137,19 @@ def test_means_by_seed_have_an_interval_over_seeds_and_one_order_has_no_verdict(
     assert one.verdicts(2.0) == {1: "cannot tell"}
 
 
+def test_verdicts_after_the_first_four_orders_and_after_all():
+    drops = [0.01, 0.0, -0.01, 0.01, 0.05, 0.05, 0.05, 0.05]  # four orders cannot tell
+    losses = {(1, order, True): (2.0, 2.0, 2.0 - drop) for order, drop in enumerate(drops, 1)}
+    losses |= {(1, order, False): (2.0, 2.0, 1.9 - 0.001 * order) for order in (1, 2)}
+    condition = foretell.CONDITIONS["undamaged"]
+    one = foretell_tables.Compared(lines_of(condition, losses), condition)
+    assert (one.verdicts(2.0, 4), one.verdicts(2.0)) == ({1: "cannot tell"}, {1: "helps"})
+    assert foretell_tables.outcomes_table({"undamaged": one}, 2.0).splitlines()[2:] == [
+        "| four orders | cannot tell | 0 | 0 | 0 | 1 |",
+        "| all orders | helps | 1 | 0 | 0 | 0 |",
+    ]
+
+
 def test_every_eighth_document_of_the_large_corpus_and_prose_is_one_domain(tmp_path):
     rows = [dict(text=str(i), domain=("books", "svg")[i // 8 % 2]) for i in range(32)]
     (tmp_path / "wild.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
