@@ -11,6 +11,7 @@ once it has two orders of the trial and one of the retraining, which has no inte
 
 import argparse
 import json
+import math
 import os
 import sys
 
@@ -85,7 +86,7 @@ class Compared:
             self.saved.append(saving(iters, ours, theirs))
             self.curves.append((iters, theirs))
 
-    def verdicts(self, slope, most=100):
+    def verdicts(self, slope, most=math.inf):
         """
         What trial.py would say after the first `most` orders of each seed, {seed: verdict}, if `slope` is its
         CALIBRATION and its thresholds go by the retrained references' curves (it has the scored run's).
@@ -183,8 +184,8 @@ def line_cells(x, y):
 def outcomes_table(found, slope):
     """How often the verdicts were right, by verdict; of the standard trials also after their first four orders."""
     names, counts = [name for name in found if standard(name)], {}
-    others = [name for name in found if name not in names]
-    for label, some, most in (("four orders", names, 4), ("all orders", names, 100), ("variants", others, 100)):
+    others, every = [name for name in found if name not in names], math.inf
+    for label, some, most in (("four orders", names, 4), ("all orders", names, every), ("variants", others, every)):
         for name in some:
             for verdict in found[name].verdicts(slope, most).values():
                 row = counts.setdefault((label, verdict), dict(right=0, wrong=0, undecidable=0, withheld=0))

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import shutil
+import statistics
 import sys
 import time
 from contextlib import ExitStack, redirect_stdout
@@ -167,8 +168,12 @@ def write(knobs, state):
     if not all(differences(state["arms"], arm) for arm in knobs.arms[1:]):
         return
     figure, (left, *rest) = plt.subplots(1, 1 + len(keys), figsize=(5 * (1 + len(keys)), 4), layout="constrained")
+    for ax in rest[1:]:
+        ax.sharey(rest[0])
+    trials = [line for line in state["arms"] if not line["afresh"]]
+    whole = {line["order"] for line in trials if line["arm"] == knobs.arms[-1]}  # orders that have all arms
     for arm, color in zip(knobs.arms, COLORS, strict=False):
-        runs = [line for line in state["arms"] if line["arm"] == arm and not line["afresh"]]
+        runs = [line for line in trials if line["arm"] == arm and line["order"] in whole]
         curves = np.array([line["test_loss"] for line in runs]).T
         left.plot(runs[0]["iters"], curves, color=color, alpha=0.25)
         left.plot(runs[0]["iters"], curves.mean(1), color=color, lw=2, label=arm)
@@ -182,7 +187,7 @@ def write(knobs, state):
             ax.errorbar([place], np.mean(losses), interval(losses)[1], color="black", capsize=5, fmt="_", ms=15)
         ax.axhline(0, color="tab:gray", lw=1)
         ax.set(xticks=range(len(knobs.arms)), xticklabels=knobs.arms, xlim=(-0.5, len(knobs.arms) - 0.5))
-        ax.set(title="every order; their mean and 95% of it", ylabel=f"final loss{where} less the control's, nats")
+        ax.set(title=f"final test loss{where} less the control's, nats", ylabel="bars: 95% interval of the mean")
     figure.savefig(f"{knobs.out_dir}/figure.png", dpi=120)
     plt.close(figure)
 
@@ -209,16 +214,17 @@ def main():
         print(said.format(**plan), flush=True)
         write(knobs, state)
 
+    before = len(state["arms"])
     rounds = [(order, False) for order in range(1, knobs.orders + 1)]
     rounds[4:4] = [(0, True)] * (knobs.orders >= 4)
     for order, afresh in rounds:
         ended = {line["arm"] for line in state["arms"] if (line["order"], line["afresh"]) == (order, afresh)}
-        # An arm takes what the longest has taken, but the first, which also compiles, as long as the baseline. An arm
-        # that is trained afresh takes more.
+        # An arm takes what the middle one has taken; one that is trained afresh takes more. The first arm of a process
+        # also compiles, for at most as long as the baseline.
         seconds = [line["seconds"] for line in state["arms"] if not line["afresh"]]
-        run_s = max(seconds[1:] or seconds or [TRIAL * plan["iters"] * plan["plain_s"]])
+        run_s = statistics.median(seconds or [TRIAL * plan["iters"] * plan["plain_s"]])
         run_s += (AFRESH - TRIAL) * afresh * plan["iters"] * plan["plain_s"]
-        start_s = 0.0 if seconds else plan["start_s"]
+        start_s = 0.0 if len(state["arms"]) > before else plan["start_s"]
         left = [arm for arm in knobs.arms if arm not in ended]
         fits = time.monotonic() + start_s + len(left) * run_s < end
         for arm in left if fits else ():
