@@ -354,9 +354,9 @@ def test_an_order_without_the_time_for_it_is_left_for_later(home, monkeypatch, c
     monkeypatch.setattr(gpt2, "baseline_run", lambda *_: plan)
     line = dict(seconds=59.0, iters=[1], test_loss=[1.0])
     monkeypatch.setattr(gpt2, "arm_run", lambda knobs, plan, *of: line | dict(arm=of[0], order=of[1], afresh=of[2]))
-    for minutes, orders in ((3.9, 0), (4.0, 1)):  # the first arm compiles, for a minute
+    for minutes, most, orders in ((3.9, 1, 0), (4.0, 1, 1), (3.9, 2, 1), (4.0, 2, 2)):  # each start compiles, a minute
         flags = ["gpt2.py", "--dataset=tiny", f"--minutes={minutes}", "--block_size=16", "--batch_size=4"]
-        flags += ["--orders=1"]
+        flags += [f"--orders={most}"]
         monkeypatch.setattr(sys, "argv", flags)
         gpt2.main()
         with open("out/gpt2/metrics.json", encoding="utf-8") as file:
