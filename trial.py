@@ -202,8 +202,7 @@ def run_arm(knobs, ranks=None, jobs=1):
     Train an arm, or go on with it, to its end; what it prints is in its metrics.jsonl. Without `ranks` this process is
     the arm's alone, one of `jobs` that share the CPU's threads. A signal that stops the arm ends the process.
     """
-    torch._dynamo.reset()  # else the graphs of earlier arms would count as recompilations of this one
-    gc.collect()  # and their models would fill the GPU
+    gc.collect()  # else the models of earlier arms would fill the GPU
     keep_freed_memory()
     if ranks is None:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))

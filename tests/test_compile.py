@@ -12,8 +12,11 @@ import torch
 from test_train import TINY, call, corpus, home  # noqa: F401 (fixtures)
 
 import train
+import trial
 from data_value import attach_directions, precondition, set_direction, validation_gradient
 from model import GPT, GPTConfig
+from support.configurator import configure
+from support.processes import Ranks
 from support.values import read_log
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
@@ -81,5 +84,8 @@ def test_a_run_compiles_the_model_and_adamws_direction(home, order, dtype):  # n
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6 + (order == 2)  # and without alpha
     call(train.main, f"{flags} --compile=True --seed=5 --out_dir=out/again")  # another run in this process: no more
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6 + (order == 2)
+    knobs = f"{TINY} --bias=False --dtype={dtype} --compile=True --out_dir=out/arm".split()
+    trial.run_arm(configure(train.Knobs, knobs), Ranks())  # as under torchrun: an arm finds what others have compiled
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
     eager, compiled = (read_log(f"out/{name}")["dot_product"] for name in ("eager", "compiled"))
     assert np.linalg.norm(compiled - eager) < 1e-3 * np.linalg.norm(eager)
