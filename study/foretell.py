@@ -268,15 +268,18 @@ def rule_of(run):
     return rule
 
 
-def run_arm(run):
-    """The results of a Run, whose scored run has ended; its folder is removed."""
+def run_arm(run, rule=None):
+    """
+    The results of a Run, whose scored run has ended; its folder is removed. An arm that is none of ours drops what its
+    `rule`, of study.py's kind, rejects.
+    """
     scored = scored_folder(run.corpus, run.values or "average32", run.seed)
     folder, started = f"{scored_folder(run.corpus, 'arms', run.seed)}/{'_'.join(map(str, run))}", time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
-    dropped = derive(scored, f"{folder}/values", rule_of(run), run.column)
-    how = dict(filtered=dict(filter_negative=True), oracle=dict(filter_negative=True), random=dict(drop_random=dropped))
+    dropped = derive(scored, f"{folder}/values", rule or rule_of(run), run.column)
+    how = dict(control={}, random=dict(drop_random=dropped)).get(run.arm, dict(filter_negative=True))
     knobs = dict(dataset=run.corpus, seed=run.seed + 1000 * run.order, filter_from=f"{folder}/values")
-    knobs |= how.get(run.arm, {}) | dict(val_sets=TEST_SETS.get(run.corpus, "all"), max_iters=run.iterations)
+    knobs |= how | dict(val_sets=TEST_SETS.get(run.corpus, "all"), max_iters=run.iterations)
     knobs |= dict(log_interval=10 * ITERATIONS, checkpoint_interval=10 * ITERATIONS, eval_interval=100)
     if run.start:  # the weights at the end of the trial, and no curve
         weights = scored_folder(run.corpus, run.start if run.start == "unseen" else "average32", run.seed)
