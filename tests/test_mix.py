@@ -1,0 +1,118 @@
+"""The study of the mix of domains at a tiny size: what the two arms drop, what is run, and what the tables say."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_foretell import corpora, tiny  # noqa: F401
+from test_study import in_this_process, small  # noqa: F401
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, f"{ROOT}/study")
+
+import foretell  # noqa: E402
+import mix  # noqa: E402
+
+from support.values import load_values  # noqa: E402
+
+
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 3)), min_size=1), st.integers(0, 9))
+def test_shuffled_within_keeps_every_groups_numbers(pairs, seed):
+    number, group = np.array(pairs).T
+    found = mix.shuffled_within(number, group, np.random.default_rng(seed))
+    assert sorted(zip(found, group, strict=True)) == sorted(pairs)
+
+
+def test_windows_of_a_group_are_in_another_order():
+    number, group = np.arange(200), np.arange(200) % 2
+    found = mix.shuffled_within(number, group, np.random.default_rng(0))
+    assert (found != number).mean() > 0.9 and np.array_equal(found % 2, group)
+
+
+def run_study(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["mix.py", "--results=mix.jsonl", "--known=known.jsonl", *flags])
+    mix.main()
+    with open("mix.jsonl", encoding="utf-8") as file:
+        return {tuple(line["run"]): line for line in map(json.loads, file)}
+
+
+def test_both_arms_drop_as_many_windows_as_the_sign_and_the_mix_as_many_of_each_domain(tiny, monkeypatch, capsys):  # noqa: F811
+    for module in (foretell, mix):
+        for name, value in dict(ITERATIONS=20, make_corpora=corpora, by_sign=lowest).items():
+            monkeypatch.setattr(module, name, value, raising=False)
+    monkeypatch.setattr(mix, "within_domain", within)
+    monkeypatch.setattr(mix, "CONDITION", foretell.CONDITIONS["undamaged"])
+    monkeypatch.setattr(foretell, "RETRAIN", dict(max_iters=8, eval_interval=4))
+    texts = ["--minipile=tiny.jsonl", "--wildpile=none", "--seeds=1"]
+    foretell_flags = [*texts, "--rounds=1:1", "--results=known.jsonl", "--conditions", "undamaged"]
+    monkeypatch.setattr(sys, "argv", ["foretell.py", *foretell_flags])
+    foretell.main()
+    lines = run_study(monkeypatch, *texts, "--orders=1")
+    assert sorted(run[4:6] for run in lines) == [("mix", ""), ("mix", "20"), ("within", ""), ("within", "20")]
+    assert {round(line["dropped"], 3) for line in lines.values()} == {0.4}
+
+    # what the mix rejects of each domain, beside what the sign does
+    run = foretell.Run(*next(run for run in lines if run[4] == "mix"))
+    folder = foretell.scored_folder(run.corpus, run.values, run.seed)
+    sample_id, by_sign = lowest(folder, run.column)
+    same_id, number = mix.rule_of(run)(folder, run.column)
+    domain = mix.domains_of(folder, sample_id)
+    assert np.array_equal(sample_id, same_id) and len(set(domain)) == 2
+    for d in set(domain):
+        assert (number[domain == d] < 0).sum() == (by_sign[domain == d] < 0).sum() > 0
+    assert ((number < 0) != (by_sign < 0)).any()
+    again = mix.rule_of(run._replace(order=2))(folder, run.column)[1]
+    assert ((again < 0) != (number < 0)).any()  # an order of its own
+
+    assert run_study(monkeypatch, *texts, "--orders=1").keys() == lines.keys()
+    run_study(monkeypatch, *texts, "--orders=2")  # whose control, random drops and filtered arm are this study's own
+    capsys.readouterr()
+    run_study(monkeypatch, "--tables")
+    said = capsys.readouterr().out
+    assert said.count("| the mix of domains alone | 1 | 2 |") == 2
+
+
+def lowest(folder, column=""):
+    """The values less their quantile at 0.4: so early nothing is negative."""
+    sample_id, value, _ = load_values(folder, column)
+    return sample_id, value - np.quantile(value, 0.4)
+
+
+def within(folder, column=""):
+    """The same of each domain."""
+    sample_id, value, _ = load_values(folder, column)
+    domain, found = mix.domains_of(folder, sample_id), np.empty_like(value)
+    for d in set(domain):
+        found[domain == d] = value[domain == d] - np.quantile(value[domain == d], 0.4)
+    return sample_id, found
+
+
+def test_the_tables_of_effects_that_are_known():
+    lines = {(mix.CONDITION.corpus, mix.CONDITION.values, seed): {} for seed in (1, 2)}
+    ends = dict(control=2.0, random=2.2, filtered=2.05, mix=2.08, within=2.09)
+    for seed, order in ((1, 1), (1, 2), (2, 1)):
+        for arm, end in ends.items():
+            name = arm if arm in ("control", "random") else "filtered"
+            run = mix.named(foretell.run_of(mix.CONDITION, name, seed, order, False), arm)
+            last = end + 0.01 * seed * (arm == "filtered")
+            lines[tuple(run)] = dict(iter=[0, 200, 400], test_loss=[5.0, last + 0.3, last])
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in mix.table(lines, False).splitlines()[2:]]
+    sign, alone, within_domains, less, _ = rows
+    assert sign[:3] == ["the sign", "2", "3"] and sign[3].startswith("−0.0367 ± ") and sign[4].startswith("−0.0350 ± ")
+    assert alone[3:5] == ["−0.0200 ± 0.0000"] * 2 and within_domains[3:5] == ["−0.0100 ± 0.0000"] * 2
+    assert less[0] == "the sign − the mix of domains alone" and less[3].startswith("−0.0167 ± ")
+    # the references' final loss, 0.02 above the arm's, came that much earlier
+    assert alone[5].startswith(f"+{100 * (1 - (400 - 200 * 0.02 / 0.3) / 400):.0f} ± ")
+    assert mix.table(lines, True) == "no order has all five arms yet"
+
+
+def test_a_study_without_texts_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "known.jsonl").write_text("")
+    monkeypatch.setattr(sys, "argv", ["mix.py", f"--known={tmp_path}/known.jsonl"])
+    with pytest.raises(SystemExit):
+        mix.main()
+    assert "name both --minipile and --wildpile, or give --tables" in capsys.readouterr().err
