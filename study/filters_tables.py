@@ -39,9 +39,13 @@ class Arms:
                     self.scored.setdefault(run[2], {})[run[1]] = line
 
     def beside(self, key, reference, loss):
-        """{seed: the differences, one an order, of `loss` to the reference's}; none for the reference itself."""
-        values = "others" if key[0] == "others" else "main"
-        ours, theirs = self.arms.get(key, {}), self.arms.get((values, reference, 0.0), {})
+        """
+        {seed: the differences, one an order, of `loss` to the reference's}; none for the reference itself, which is one
+        of REFERENCES or a key.
+        """
+        if reference in REFERENCES:
+            reference = "others" if key[0] == "others" else "main", reference, 0.0
+        ours, theirs = self.arms.get(key, {}), self.arms.get(reference, {})
         found = {}
         for seed, order in sorted(ours.keys() & theirs.keys()):
             if ours is not theirs:
@@ -102,6 +106,23 @@ def target_table(arms, target):
         for kind, name in (("sign", "negative for"), ("DSIR", "DSIR by")):
             keys[f"{name} {n} windows of it"] = f"{n} windows", f"{target} {kind}", 0.0
     return arms.table(keys, [f"loss on {target}", "on the mixture"], f"test_loss_{target}", "test_loss")
+
+
+def paired_table(arms, targets):
+    """Other filters of as many windows, beside those that are not negative for the target, in the same orders."""
+    rows = []
+    for target in targets:
+        values = arms.values_for(target)
+        pairs = {"DSIR": (values, "DSIR"), "the sum of the two columns": (values, "sum")}
+        pairs |= {f"DSIR by {n} windows, beside values by them": (f"{n} windows", "DSIR") for n in FEW}
+        for name, (run, kind) in pairs.items():
+            sign = run, f"{target} sign", 0.0
+            key, losses = (run, f"{target} {kind}", 0.0), (f"test_loss_{target}", "test_loss")
+            found = [arms.effects(key, sign, loss) for loss in losses]
+            if found[0]:
+                rows.append([target, name, *(cell(each, "{:+.4f}") for each in found), str(len(found[0]))])
+    head = ["target", "dropped by", "loss on the target", "on the mixture", "seeds"]
+    return f"### Beside the target's own column\n\n{markdown(head, rows)}\n" if rows else ""
 
 
 def share_table(arms, target):
@@ -189,6 +210,7 @@ def main():
         known = [t for t in targets if arms.values_for(t)]
         for target in known:
             print(f"### {target}\n\n{target_table(arms, target)}\n{share_table(arms, target)}")
+        print(paired_table(arms, known), end="")
         if known:
             name = "filters.png" if source == next(iter(SOURCES)) else f"filters_{source}.png"
             figure(arms, known, f"{args.out}/{name}")
