@@ -16,7 +16,7 @@ iterations, and tell differences that a dozen retrainings cannot.
 
 The verdict goes by the 95% intervals of the mean differences from the controls (Student's t over the orders).
 'helps': both are below zero. A trial sees less than a retraining brings: where a trial sees no change, a retraining
-saves a tenth of its iterations, by the line of study/foretell.md. So 'harms': both are above what a tenth of the
+saves 3 to 11% of its iterations, by the line of study/foretell.md. So 'harms': both are above what a tenth of the
 iterations is worth in a trial, `even`. 'no help': both are above `even` less what a twentieth is worth, so that a
 retraining would save less than a twentieth. Otherwise it cannot tell. With --orders=auto the 5% are divided among the
 four looks.
@@ -53,7 +53,9 @@ LOOKS = (4, 8, 16, 32)  # orders after which --orders=auto asks for the verdict
 LEVEL = 0.05  # of a false verdict, divided among the looks
 CALIBRATION = 2.0  # nats of a retraining for each nat of a trial: the slope of the line of study/foretell.md
 WORTH = 0.05  # the share of the iterations that 'no help' must exclude
-AT_ZERO = 0.1  # the share of the iterations that a retraining saves where a trial sees no change, by that line
+AT_ZERO = (
+    0.1  # the share of the iterations that a retraining may save where a trial sees no change: that line has 7 ± 4%
+)
 
 
 @functools.cache
@@ -153,7 +155,7 @@ def in_words(found, run, scope, share):
     says["harms"] = f"{what} harms: {measured}. Expect a retraining to save nothing, or to need more iterations."
     less = f"Expect a retraining to save less than {WORTH:.0%} of the iterations, if any."
     says["no help"] = f"{what} does not help: {measured}. {less}"
-    between = f"Where the study's trials saw no change, retrainings saved about {AT_ZERO:.0%} by a fitted line, "
+    between = f"Where the study's trials saw no change, retrainings saved up to {AT_ZERO:.0%} by a fitted line, "
     between += "but nothing that shows on text as found (study/foretell.md)."
     says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {between} {more}"
     said = says[found["verdict"]]
