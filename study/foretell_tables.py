@@ -112,13 +112,17 @@ class Compared:
 
 
 def fit(x, y):
-    """(slope, half of its 95% interval, intercept, correlation) of the line by least squares; None for two points."""
+    """
+    The line by least squares: (slope, half of its 95% interval, intercept, half of its, correlation); None for two
+    points.
+    """
     x, y = np.asarray(x), np.asarray(y)
     if len(x) < 3:
         return None
     slope, intercept = np.polyfit(x, y, 1)
     spread = np.sqrt(((y - slope * x - intercept) ** 2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
-    return slope, t_quantile(0.975, len(x) - 2) * spread, intercept, np.corrcoef(x, y)[0, 1]
+    half = t_quantile(0.975, len(x) - 2) * spread
+    return slope, half, intercept, half * np.mean(x**2) ** 0.5, np.corrcoef(x, y)[0, 1]
 
 
 def standard(name):
@@ -165,9 +169,9 @@ def fits_table(found):
     rows.insert(2, ["standard trials, and the oracles'", str(len(with_oracles[0])), *line_cells(*with_oracles)])
     line = fit(*points(found, names, "saved"))
     if line:
-        slope, half, intercept, correlation = line
+        slope, half, intercept, its, correlation = line
         row = ["all standard trials, to iterations saved", str(len(names)), f"{slope:.0f} ± {half:.0f} % a 0.01 nats"]
-        rows.append([*row, f"{100 * intercept:+.0f} %", f"{correlation:.2f}", "–"])
+        rows.append([*row, f"{100 * intercept:+.0f} ± {100 * its:.0f} %", f"{correlation:.2f}", "–"])
     rows = [[cell.replace("-", "−") if i > 1 else cell for i, cell in enumerate(row)] for row in rows]
     return markdown(["conditions", "number", "slope", "intercept, nats", "correlation", "slope through zero"], rows)
 
@@ -176,9 +180,9 @@ def line_cells(x, y):
     line = fit(x, y)
     if line is None:
         return ["–"] * 4
-    slope, half, intercept, correlation = line
+    slope, half, intercept, its, correlation = line
     through_zero = (x * y).sum() / (x * x).sum()
-    return [f"{slope:.1f} ± {half:.1f}", f"{intercept:+.4f}", f"{correlation:.2f}", f"{through_zero:.1f}"]
+    return [f"{slope:.1f} ± {half:.1f}", f"{intercept:+.4f} ± {its:.4f}", f"{correlation:.2f}", f"{through_zero:.1f}"]
 
 
 def outcomes_table(found, slope):
