@@ -48,7 +48,7 @@ value_order = 1
 # A running average over about 46 iterations, 740 windows. In the study, the values of a window in two runs then had a
 # correlation of 0.27, and 0.03 without the average. Dropping by their sign saved as much as knowing the damage. The
 # model has partly followed the older gradients already, so more values are negative: 40%, and 25% with a fresh one.
-# On undamaged text, dropping them saved some 8% when runs were trained afresh, which trials do not see
+# On undamaged text, dropping them saved some 5% when runs were trained afresh, which trials do not see
 # (study/foretell.md). If you know what the model is for, add that text to val_sets: its column chooses for it
 # (study/filters.md).
 val_average = 32.0
