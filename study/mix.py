@@ -13,6 +13,7 @@ study/mix.jsonl. A run that has a line, there or in foretell.jsonl, is not run a
 
 import argparse
 import os
+import time
 
 import foretell
 import numpy as np
@@ -69,10 +70,14 @@ def plan(seeds, orders):
 
 
 def run_scored(job):
-    """A scored run of foretell.py whose folder is gone."""
-    if os.path.isfile(f"{scored_folder(*job)}/{foretell.ITERATIONS}.pt"):
-        return
-    print(*job, f"{foretell.run_scored(job)['seconds']:.1f} s", flush=True)
+    """The scored run, unless its folder is there: of each domain, its windows and how many are negative."""
+    folder, started = scored_folder(*job), time.perf_counter()
+    if not os.path.isfile(f"{folder}/{foretell.ITERATIONS}.pt"):
+        foretell.run_scored(job)
+    sample_id, value = by_sign(folder)
+    domain, names = domains_of(folder, sample_id), load_meta(data_folder(folder))["domains"]
+    counts = {name: [int((domain == i).sum()), int((value[domain == i] < 0).sum())] for i, name in enumerate(names)}
+    return dict(domains=counts, seconds=time.perf_counter() - started)
 
 
 def run_arm(run):
@@ -126,6 +131,18 @@ def table(lines, trial):
     return markdown(head if trial else [*head, "iterations saved, %"], rows)
 
 
+def domains_table(scored):
+    """Of every domain: its share of the windows, what is dropped of it, its share of what is kept; means over runs."""
+    counts = {name: np.array([line["domains"][name] for line in scored]) for name in scored[0]["domains"]}
+    all_windows, all_negative = sum(counts.values()).T
+    rows = []
+    for name, found in sorted(counts.items(), key=lambda pair: -pair[1][:, 0].sum()):
+        windows, negative = found.T
+        shares = windows / all_windows, negative / windows, (windows - negative) / (all_windows - all_negative)
+        rows.append([name, *(said(100 * each, "{:.1f}") for each in shares)])
+    return markdown(["domain", "windows, %", "dropped of it, %", "in what is kept, %"], rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="print the tables of the lines so far, and run nothing")
@@ -140,8 +157,9 @@ def main():
     args = parser.parse_args()
     known = read_lines(args.known)
     if args.tables:
-        lines = known | read_lines(args.results)
-        print(f"## Retrained\n\n{table(lines, False)}\n## In a trial\n\n{table(lines, True)}")
+        own = read_lines(args.results)
+        print(f"## Retrained\n\n{table(known | own, False)}\n## In a trial\n\n{table(known | own, True)}")
+        print(f"## Domains\n\n{domains_table([line for run, line in own.items() if len(run) == 3])}")
         return
     if not (args.minipile and args.wildpile):
         parser.error("name both --minipile and --wildpile, or give --tables")
@@ -149,7 +167,7 @@ def main():
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     runs = [run for run in plan(seeds, args.orders) if tuple(run) not in known]
     with workers(args.jobs, prepare_worker) as pool:
-        list(pool.map(run_scored, [(CONDITION.corpus, CONDITION.values, seed) for seed in seeds]))
+        run_all(pool, run_scored, [(CONDITION.corpus, CONDITION.values, seed) for seed in seeds], args.results)
         run_all(pool, run_arm, runs, args.results)
 
 

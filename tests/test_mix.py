@@ -52,6 +52,7 @@ def test_both_arms_drop_as_many_windows_as_the_sign_and_the_mix_as_many_of_each_
     monkeypatch.setattr(sys, "argv", ["foretell.py", *foretell_flags])
     foretell.main()
     lines = run_study(monkeypatch, *texts, "--orders=1")
+    scored = lines.pop((mix.CONDITION.corpus, mix.CONDITION.values, 1))["domains"]
     assert sorted(run[4:6] for run in lines) == [("mix", ""), ("mix", "20"), ("within", ""), ("within", "20")]
     assert {round(line["dropped"], 3) for line in lines.values()} == {0.4}
 
@@ -62,18 +63,29 @@ def test_both_arms_drop_as_many_windows_as_the_sign_and_the_mix_as_many_of_each_
     same_id, number = mix.rule_of(run)(folder, run.column)
     domain = mix.domains_of(folder, sample_id)
     assert np.array_equal(sample_id, same_id) and len(set(domain)) == 2
+    assert scored == {
+        name: [(domain == d).sum(), (by_sign[domain == d] < 0).sum()] for d, name in enumerate(("one", "two"))
+    }
     for d in set(domain):
         assert (number[domain == d] < 0).sum() == (by_sign[domain == d] < 0).sum() > 0
     assert ((number < 0) != (by_sign < 0)).any()
     again = mix.rule_of(run._replace(order=2))(folder, run.column)[1]
     assert ((again < 0) != (number < 0)).any()  # an order of its own
 
-    assert run_study(monkeypatch, *texts, "--orders=1").keys() == lines.keys()
+    assert len(run_study(monkeypatch, *texts, "--orders=1")) == len(lines) + 1
     run_study(monkeypatch, *texts, "--orders=2")  # whose control, random drops and filtered arm are this study's own
     capsys.readouterr()
     run_study(monkeypatch, "--tables")
     said = capsys.readouterr().out
-    assert said.count("| the mix of domains alone | 1 | 2 |") == 2
+    assert said.count("| the mix of domains alone | 1 | 2 |") == 2 and "| one | " in said
+
+
+def test_the_domains_in_what_is_kept():
+    scored = [dict(domains=dict(a=[60, 30], b=[40, 10])), dict(domains=dict(a=[50, 40], b=[50, 10]))]
+    rows = mix.domains_table(scored).splitlines()[2:]
+    assert rows[0].startswith("| a | 55.0 ± ") and " | 65.0 ± " in rows[0]
+    assert f" | {100 * np.mean([30 / 60, 10 / 50]):.1f} ± " in rows[0]
+    assert f" | {100 * np.mean([30 / 60, 40 / 50]):.1f} ± " in rows[1]
 
 
 def lowest(folder, column=""):
