@@ -15,9 +15,9 @@ it; their losses are compared pair by pair. With the defaults, the twelve arms t
 iterations, and tell differences that a dozen retrainings cannot.
 
 The verdict goes by the 95% intervals of the mean differences from the controls (Student's t over the orders).
-'helps': both are below zero. A trial sees less than a retraining brings: where a trial sees no change, a retraining
-saves 3 to 11% of its iterations, by the line of study/foretell.md. So 'harms': both are above what a tenth of the
-iterations is worth in a trial, `even`. 'no help': both are above `even` less what a twentieth is worth, so that a
+'helps': both are below zero. A trial sees less gain than a retraining brings: where a trial sees no change, a
+retraining saves 7 ± 4% of its iterations, by the line of study/foretell.md. So 'harms': both are above what a tenth of
+the iterations is worth in a trial, `even`. 'no help': both are above `even` less what a twentieth is worth, so that a
 retraining would save less than a twentieth. Otherwise it cannot tell. With --orders=auto the 5% are divided among the
 four looks.
 An interrupted trial goes on with the same command. The exit status is 0 whatever the verdict.
@@ -53,9 +53,8 @@ LOOKS = (4, 8, 16, 32)  # orders after which --orders=auto asks for the verdict
 LEVEL = 0.05  # of a false verdict, divided among the looks
 CALIBRATION = 2.0  # nats of a retraining for each nat of a trial: the slope of the line of study/foretell.md
 WORTH = 0.05  # the share of the iterations that 'no help' must exclude
-AT_ZERO = (
-    0.1  # the share of the iterations that a retraining may save where a trial sees no change: that line has 7 ± 4%
-)
+NEAR_ZERO = (-0.06, 0.14)  # what retrainings saved where the study's trials saw less than 0.004 nats either way
+AT_ZERO = 0.1  # a share that a retraining may save where a trial sees no change: the line has 7 ± 4%
 
 
 @functools.cache
@@ -151,12 +150,13 @@ def in_words(found, run, scope, share):
     else:
         more = "Not even 1,000 orders would tell."
     expected = saved(run, CALIBRATION * max(0.0, -found["effect"]))
-    says = dict(helps=f"{what} helps: {measured}. Expect a retraining to need about {expected:.0%} fewer iterations.")
+    small = "By the study's models of 0.25M parameters, expect a retraining to need about"
+    says = dict(helps=f"{what} helps: {measured}. {small} {expected:.0%} fewer iterations.")
     says["harms"] = f"{what} harms: {measured}. Expect a retraining to save nothing, or to need more iterations."
     less = f"Expect a retraining to save less than {WORTH:.0%} of the iterations, if any."
     says["no help"] = f"{what} does not help: {measured}. {less}"
-    between = f"Where the study's trials saw no change, retrainings saved up to {AT_ZERO:.0%} by a fitted line, "
-    between += "but nothing that shows on text as found (study/foretell.md)."
+    between = "Where the study's trials saw next to nothing, retrainings saved from {:.0%} to {:.0%} of the iterations "
+    between = f"{between.format(*NEAR_ZERO)}(study/foretell.md).".replace("-", "−")
     says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {between} {more}"
     said = says[found["verdict"]]
     if found["spread"]:

@@ -16,6 +16,7 @@ import foretell  # noqa: E402
 import foretell_tables  # noqa: E402
 
 import study  # noqa: E402
+from trial import AT_ZERO, CALIBRATION, NEAR_ZERO  # noqa: E402
 
 
 class Here(nullcontext):
@@ -123,6 +124,17 @@ def test_the_errors_of_a_line_are_those_of_the_normal_equations():
     intercept_sd, slope_sd = np.sqrt(squares / 7 * np.diag(np.linalg.inv(design.T @ design)))
     expected = slope, 2.3646 * slope_sd, intercept, 2.3646 * intercept_sd
     assert foretell_tables.fit(x, y)[:4] == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_trial_py_promises_is_what_the_studys_lines_say():
+    lines = foretell_tables.read_lines(f"{ROOT}/study/foretell.jsonl")
+    standard = {name: one for name, one in foretell.CONDITIONS.items() if foretell_tables.standard(name)}
+    found = {name: foretell_tables.Compared(lines, condition) for name, condition in standard.items()}
+    slope, *_ = foretell_tables.fit(*foretell_tables.points(found, found))
+    _, _, at_zero, half, _ = foretell_tables.fit(*foretell_tables.points(found, found, "saved"))
+    assert round(slope, 1) == CALIBRATION and abs(AT_ZERO - at_zero) < half
+    near = [np.mean(one.saved) for one in found.values() if abs(np.mean(one.foretold)) < 0.004]
+    assert len(near) == 7 and (round(min(near), 2), round(max(near), 2)) == NEAR_ZERO
 
 
 def lines_of(condition, losses):
