@@ -128,3 +128,11 @@ def test_a_study_without_texts_says_what_it_needs(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         mix.main()
     assert "name both --minipile and --wildpile, or give --tables" in capsys.readouterr().err
+
+
+def test_why_md_shows_the_tables(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mix.py", "--tables"])
+    mix.main()
+    made = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    with open(f"{ROOT}/study/why.md", encoding="utf-8") as file:
+        assert len(made) == 24 and not set(made) - set(file.read().splitlines())
