@@ -53,7 +53,7 @@ LOOKS = (4, 8, 16, 32)  # orders after which --orders=auto asks for the verdict
 LEVEL = 0.05  # of a false verdict, divided among the looks
 CALIBRATION = 2.0  # nats of a retraining for each nat of a trial: the slope of the line of study/foretell.md
 WORTH = 0.05  # the share of the iterations that 'no help' must exclude
-NEAR_ZERO = (-0.06, 0.14)  # what retrainings saved where the study's trials saw less than 0.004 nats either way
+NEAR_ZERO = (-0.06, 0.14)  # the lowest and highest mean saving where the study's trials saw less than 0.004 nats
 AT_ZERO = 0.1  # a share that a retraining may save where a trial sees no change: the line has 7 ± 4%
 
 
@@ -155,8 +155,9 @@ def in_words(found, run, scope, share):
     says["harms"] = f"{what} harms: {measured}. Expect a retraining to save nothing, or to need more iterations."
     less = f"Expect a retraining to save less than {WORTH:.0%} of the iterations, if any."
     says["no help"] = f"{what} does not help: {measured}. {less}"
-    between = "Where the study's trials saw next to nothing, retrainings saved from {:.0%} to {:.0%} of the iterations "
-    between = f"{between.format(*NEAR_ZERO)}(study/foretell.md).".replace("-", "−")
+    low, high = NEAR_ZERO
+    between = f"Where the study's trials saw next to nothing, retraining saved up to {high:.0%} of the iterations, "
+    between += f"or needed up to {-low:.0%} more (study/foretell.md)."
     says["cannot tell"] = f"cannot tell whether {what} helps: {measured}. {between} {more}"
     said = says[found["verdict"]]
     if found["spread"]:

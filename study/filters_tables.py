@@ -109,7 +109,7 @@ def target_table(arms, target):
 
 
 def paired_table(arms, targets):
-    """Other filters of as many windows, beside those that are not negative for the target, in the same orders."""
+    """Other filters beside the sign for the target, paired: in the same orders. DSIR drops as many windows."""
     rows = []
     for target in targets:
         values = arms.values_for(target)

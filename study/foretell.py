@@ -157,8 +157,7 @@ def arms_of(condition):
 
 def run_of(condition, arm, seed, order, trial):
     """The Run of an arm. What does not matter to it is left out, so that conditions share runs."""
-    by_value = arm in ("random", "filtered")
-    values, column = (condition.values, condition.column) if by_value else ("", "")
+    values, column = ("", "") if arm in ("control", "oracle") else (condition.values, condition.column)
     start, iterations = "", RETRAIN["max_iters"]
     if trial:
         start, iterations = condition.start, round(condition.share * ITERATIONS)
@@ -270,8 +269,8 @@ def rule_of(run):
 
 def run_arm(run, rule=None):
     """
-    The results of a Run, whose scored run has ended; its folder is removed. An arm that is none of ours drops what its
-    `rule`, of study.py's kind, rejects.
+    The results of a Run, whose scored run has ended; its folder is removed. An arm that is none of ours needs a `rule`:
+    (scored run's folder, column) -> (sample_id (n,), number (n,)), of which those below zero are rejected.
     """
     scored = scored_folder(run.corpus, run.values or "average32", run.seed)
     folder, started = f"{scored_folder(run.corpus, 'arms', run.seed)}/{'_'.join(map(str, run))}", time.perf_counter()

@@ -68,6 +68,12 @@ def half_interval(values):
     return (bounds[1] - bounds[0]) / 2 if bounds else np.nan
 
 
+def by_seed(values, orders):
+    """The mean of each seed, a list, of values (n,), one for each (seed, order) of the orders (n)."""
+    seeds = sorted({seed for seed, _ in orders})
+    return [np.mean([x for x, key in zip(values, orders, strict=True) if key[0] == seed]) for seed in seeds]
+
+
 class Compared:
     """The trials and the retraining of a condition: lists with a number for each order."""
 
@@ -122,7 +128,8 @@ def fit(x, y):
     slope, intercept = np.polyfit(x, y, 1)
     spread = np.sqrt(((y - slope * x - intercept) ** 2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
     half = t_quantile(0.975, len(x) - 2) * spread
-    return slope, half, intercept, half * np.mean(x**2) ** 0.5, np.corrcoef(x, y)[0, 1]
+    intercept_half = half * np.mean(x**2) ** 0.5  # the slope's, times the root mean square of x
+    return slope, half, intercept, intercept_half, np.corrcoef(x, y)[0, 1]
 
 
 def standard(name):
@@ -169,9 +176,9 @@ def fits_table(found):
     rows.insert(2, ["standard trials, and the oracles'", str(len(with_oracles[0])), *line_cells(*with_oracles)])
     line = fit(*points(found, names, "saved"))
     if line:
-        slope, half, intercept, its, correlation = line
+        slope, half, intercept, intercept_half, correlation = line
         row = ["all standard trials, to iterations saved", str(len(names)), f"{slope:.0f} ± {half:.0f} % a 0.01 nats"]
-        rows.append([*row, f"{100 * intercept:+.0f} ± {100 * its:.0f} %", f"{correlation:.2f}", "–"])
+        rows.append([*row, f"{100 * intercept:+.0f} ± {100 * intercept_half:.0f} %", f"{correlation:.2f}", "–"])
     rows = [[cell.replace("-", "−") if i > 1 else cell for i, cell in enumerate(row)] for row in rows]
     return markdown(["conditions", "number", "slope", "intercept, nats", "correlation", "slope through zero"], rows)
 
@@ -180,9 +187,10 @@ def line_cells(x, y):
     line = fit(x, y)
     if line is None:
         return ["–"] * 4
-    slope, half, intercept, its, correlation = line
+    slope, half, intercept, intercept_half, correlation = line
     through_zero = (x * y).sum() / (x * x).sum()
-    return [f"{slope:.1f} ± {half:.1f}", f"{intercept:+.4f} ± {its:.4f}", f"{correlation:.2f}", f"{through_zero:.1f}"]
+    cells = [f"{slope:.1f} ± {half:.1f}", f"{intercept:+.4f} ± {intercept_half:.4f}"]
+    return [*cells, f"{correlation:.2f}", f"{through_zero:.1f}"]
 
 
 def outcomes_table(found, slope):
@@ -204,10 +212,9 @@ def seeds_table(found):
     for name, one in found.items():
         cells = []
         for effect, orders in ((one.foretold, one.trials), (one.realised, one.retrained)):
-            seeds = sorted({seed for seed, _ in orders})
-            means = [np.mean([x for x, key in zip(effect, orders, strict=True) if key[0] == s]) for s in seeds]
+            means = by_seed(effect, orders)
             cells += [", ".join(said([mean]) for mean in means), said(means)]
-        if len(seeds) > 1 and standard(name):
+        if len(means) > 1 and standard(name):
             rows.append([name, *cells])
     head = ["condition", "trial, by seed", "over seeds", "retrained, by seed", "over seeds"]
     return markdown(head, rows) if rows else ""

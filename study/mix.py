@@ -7,22 +7,24 @@ On undamaged text, what brings the gain of a filter: another mix of domains, or 
 A filter by sign does both. Two more arms do one of the two, and reject as many windows. 'mix' rejects as many of each
 domain as the sign does, chosen at random. 'within' rejects the lowest values of each domain, of all domains the same
 share. They join the control, the random drops and the filtered arm of foretell.py, in the same orders. The scored runs
-are those of foretell.py as well. Every run is a run of train.py. When it has ended, one JSON line about it joins
-study/mix.jsonl. A run that has a line, there or in foretell.jsonl, is not run again.
+are those of foretell.py as well, and stay in out/foretell for their arms; where they are gone, give another --results.
+Every run is a run of train.py. When it has ended, one JSON line about it joins study/mix.jsonl. A run that has a line,
+there or in foretell.jsonl, is not run again.
 """
 
 import argparse
 import os
 import time
+from itertools import combinations
 
 import foretell
 import numpy as np
 from foretell import CONDITIONS, HERE, make_corpora, prepare_worker, run_all, run_of, scored_folder, workers
-from foretell_tables import REFERENCES, effects, orders_of, read_lines, said
+from foretell_tables import REFERENCES, by_seed, effects, orders_of, read_lines, said
 from tables import markdown, saving
 
-from study import T, by_sign, data_folder, within_domain
-from support.corpus import load_meta, window_domains
+from study import by_sign, data_folder, domains_of, within_domain
+from support.corpus import load_meta
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The runs.
@@ -39,24 +41,14 @@ def shuffled_within(number, group, rng):
     return found
 
 
-def domains_of(folder, sample_id):
-    where = data_folder(folder)
-    return window_domains(where, "train", sample_id, T, load_meta(where))
-
-
 def rule_of(run):
-    """The rule of study.py's kind of an arm that foretell.py has not, or None."""
+    """The rule of an arm that foretell.py has not, as foretell.run_arm takes it, or None."""
 
     def mix(folder, column):
-        sample_id, value = by_sign(folder, column)
-        return sample_id, shuffled_within(value, domains_of(folder, sample_id), np.random.default_rng(run[-2:]))
+        (sample_id, value), rng = by_sign(folder, column), np.random.default_rng((run.seed, run.order))
+        return sample_id, shuffled_within(value, domains_of(folder, sample_id), rng)
 
     return dict(mix=mix, within=within_domain).get(run.arm)
-
-
-def named(run, arm):
-    """The Run of an arm, that has the knobs of the filtered one."""
-    return run._replace(arm=arm) if run.arm == "filtered" else run
 
 
 def plan(seeds, orders):
@@ -65,8 +57,7 @@ def plan(seeds, orders):
         for order in range(1, orders + 1):
             for seed in seeds:
                 for arm in (*REFERENCES, *ARMS):
-                    name = arm if arm in REFERENCES else "filtered"
-                    yield named(run_of(CONDITION, name, seed, order, trial), arm)
+                    yield run_of(CONDITION, arm, seed, order, trial)
 
 
 def run_scored(job):
@@ -88,24 +79,6 @@ def run_arm(run):
 # The table.
 
 
-def orders_with(lines, trial):
-    """{(seed, order): {arm: line}} of the orders that have all five arms."""
-    known = orders_of(lines, CONDITION, trial, (*REFERENCES, "filtered"))
-    found = {}
-    for key, arms in known.items():
-        run = run_of(CONDITION, "filtered", *key, trial)
-        ours = {arm: lines.get(tuple(named(run, arm))) for arm in ARMS}
-        if None not in ours.values():
-            found[key] = arms | ours
-    return found
-
-
-def by_seed(values, orders):
-    """[the mean of the values, one an order, of every seed]."""
-    seeds = sorted({seed for seed, _ in orders})
-    return [np.mean([x for x, key in zip(values, orders, strict=True) if key[0] == seed]) for seed in seeds]
-
-
 def cells_of(arm, orders, target):
     """Scored runs, orders, the effect over orders and over scored runs, and, with a curve, the iterations saved."""
     found = effects(orders, target, arm)
@@ -118,17 +91,28 @@ def cells_of(arm, orders, target):
 
 
 def table(lines, trial):
-    orders, target = orders_with(lines, trial), CONDITION.target
+    orders, target = orders_of(lines, CONDITION, trial, (*REFERENCES, *ARMS)), CONDITION.target
     if not orders:
         return "no order has all five arms yet"
     rows = [[label, *cells_of(arm, orders, target)] for arm, label in ARMS.items()]
-    for arm in list(ARMS)[1:]:  # paired
-        less = [order["filtered"][target][-1] - order[arm][target][-1] for order in orders.values()]
-        counts = rows[0][1:3]
-        empty = [] if trial else [""]
-        rows.append([f"the sign − {ARMS[arm]}", *counts, said(less), said(by_seed(less, orders)), *empty])
+    counts, empty = rows[0][1:3], [] if trial else [""]
+    for ours, theirs in combinations(ARMS, 2):  # paired
+        less = [order[ours][target][-1] - order[theirs][target][-1] for order in orders.values()]
+        rows.append([f"{ARMS[ours]} − {ARMS[theirs]}", *counts, said(less), said(by_seed(less, orders)), *empty])
     head = ["dropped by", "scored runs", "orders", "nats, ± over orders", "nats, ± over scored runs"]
     return markdown(head if trial else [*head, "iterations saved, %"], rows)
+
+
+def curves_table(lines):
+    """The effects along the retraining, means of the scored runs."""
+    orders, target = orders_of(lines, CONDITION, False, (*REFERENCES, *ARMS)), CONDITION.target
+    iters = next(iter(orders.values()))["control"]["iter"]
+    rows = []
+    for arm, label in ARMS.items():
+        along = np.array([order[arm][target] for order in orders.values()])
+        along -= np.mean([[order[name][target] for order in orders.values()] for name in REFERENCES], 0)
+        rows.append([label, *(said(by_seed(each, orders)) for each in along.T[1:])])
+    return markdown(["dropped by", *(f"iteration {each}" for each in iters[1:])], rows)
 
 
 def domains_table(scored):
@@ -149,7 +133,7 @@ def main():
     parser.add_argument("--minipile", help="a file of texts with their domains, as for foretell.py")
     parser.add_argument("--wildpile", help="a large one, as found")
     parser.add_argument("--first_seed", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--orders", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--results", default=f"{HERE}/mix.jsonl")
@@ -158,7 +142,8 @@ def main():
     known = read_lines(args.known)
     if args.tables:
         own = read_lines(args.results)
-        print(f"## Retrained\n\n{table(known | own, False)}\n## In a trial\n\n{table(known | own, True)}")
+        print(f"## Retrained\n\n{table(known | own, False)}\n{curves_table(known | own)}")
+        print(f"## In a trial\n\n{table(known | own, True)}")
         print(f"## Domains\n\n{domains_table([line for run, line in own.items() if len(run) == 3])}")
         return
     if not (args.minipile and args.wildpile):

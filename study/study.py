@@ -205,11 +205,16 @@ def document_of(ids, folder):
     return np.searchsorted(np.load(f"{folder}/train_docs.npy")["start"], ids * T + T // 2, side="right")
 
 
+def domains_of(folder, sample_id):
+    """The domains of the windows sample_id (n,) of a scored run: (n,) places in the `domains` of its meta.json."""
+    where = data_folder(folder)
+    return window_domains(where, "train", sample_id, T, load_meta(where))
+
+
 def within_domain(folder, column=""):
     """Drop the same share of each domain, as much as the sign drops of all."""
     sample_id, value, _ = load_values(folder, column)
-    where = data_folder(folder)
-    domain = window_domains(where, "train", sample_id, T, load_meta(where))
+    domain = domains_of(folder, sample_id)
     share, result = (value < 0).mean(), np.empty_like(value)
     for d in np.unique(domain):
         result[domain == d] = value[domain == d] - np.quantile(value[domain == d], share)

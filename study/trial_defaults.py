@@ -4,9 +4,9 @@ Which trial agrees best with retraining: the optimiser's state, the peak of the 
     python study/trial_defaults.py --minipile=minipile.parquet --wildpile=wildpile.parquet     # the runs
     python study/trial_defaults.py --tables                                                    # the tables
 
-The trials and the retraining are those of foretell.py, with seeds that its grid has not. A variant of the trial starts
-from the scored run's weights with a fresh AdamW, or with the run's own AdamW state, and rises to another peak of the
-learning rate, or lasts for another share of the iterations. The variants share one retraining.
+The trials and the retraining are those of foretell.py, with seeds that most of its conditions have not. A variant of
+the trial starts from the scored run's weights with a fresh AdamW, or with the run's own AdamW state, and rises to
+another peak of the learning rate, or lasts for another share of the iterations. The variants share one retraining.
 
 Every run is a run of train.py. When it has ended, one JSON line about it joins study/trial_defaults.jsonl. A run that
 has a line is not run again, so a study that was interrupted goes on; the scored runs stay in out/ for their arms.

@@ -17,6 +17,7 @@ sys.path.insert(0, f"{ROOT}/study")
 import foretell  # noqa: E402
 import mix  # noqa: E402
 
+import study  # noqa: E402
 from support.values import load_values  # noqa: E402
 
 
@@ -33,6 +34,12 @@ def test_windows_of_a_group_are_in_another_order():
     assert (found != number).mean() > 0.9 and np.array_equal(found % 2, group)
 
 
+def lowest(folder, column="", key="value"):
+    """load_values of a run in which 40% are below zero: so early nothing is."""
+    sample_id, value, visits = load_values(folder, column, key)
+    return sample_id, value - np.quantile(value, 0.4), visits
+
+
 def run_study(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["mix.py", "--results=mix.jsonl", "--known=known.jsonl", *flags])
     mix.main()
@@ -42,9 +49,10 @@ def run_study(monkeypatch, *flags):
 
 def test_both_arms_drop_as_many_windows_as_the_sign_and_the_mix_as_many_of_each_domain(tiny, monkeypatch, capsys):  # noqa: F811
     for module in (foretell, mix):
-        for name, value in dict(ITERATIONS=20, make_corpora=corpora, by_sign=lowest).items():
-            monkeypatch.setattr(module, name, value, raising=False)
-    monkeypatch.setattr(mix, "within_domain", within)
+        monkeypatch.setattr(module, "ITERATIONS", 20, raising=False)
+        monkeypatch.setattr(module, "make_corpora", corpora)
+        monkeypatch.setattr(module, "by_sign", study.by_sign)
+    monkeypatch.setattr(study, "load_values", lowest)
     monkeypatch.setattr(mix, "CONDITION", foretell.CONDITIONS["undamaged"])
     monkeypatch.setattr(foretell, "RETRAIN", dict(max_iters=8, eval_interval=4))
     texts = ["--minipile=tiny.jsonl", "--wildpile=none", "--seeds=1"]
@@ -59,7 +67,7 @@ def test_both_arms_drop_as_many_windows_as_the_sign_and_the_mix_as_many_of_each_
     # what the mix rejects of each domain, beside what the sign does
     run = foretell.Run(*next(run for run in lines if run[4] == "mix"))
     folder = foretell.scored_folder(run.corpus, run.values, run.seed)
-    sample_id, by_sign = lowest(folder, run.column)
+    sample_id, by_sign = study.by_sign(folder, run.column)
     same_id, number = mix.rule_of(run)(folder, run.column)
     domain = mix.domains_of(folder, sample_id)
     assert np.array_equal(sample_id, same_id) and len(set(domain)) == 2
@@ -88,37 +96,24 @@ def test_the_domains_in_what_is_kept():
     assert f" | {100 * np.mean([30 / 60, 40 / 50]):.1f} ± " in rows[1]
 
 
-def lowest(folder, column=""):
-    """The values less their quantile at 0.4: so early nothing is negative."""
-    sample_id, value, _ = load_values(folder, column)
-    return sample_id, value - np.quantile(value, 0.4)
-
-
-def within(folder, column=""):
-    """The same of each domain."""
-    sample_id, value, _ = load_values(folder, column)
-    domain, found = mix.domains_of(folder, sample_id), np.empty_like(value)
-    for d in set(domain):
-        found[domain == d] = value[domain == d] - np.quantile(value[domain == d], 0.4)
-    return sample_id, found
-
-
 def test_the_tables_of_effects_that_are_known():
     lines = {(mix.CONDITION.corpus, mix.CONDITION.values, seed): {} for seed in (1, 2)}
     ends = dict(control=2.0, random=2.2, filtered=2.05, mix=2.08, within=2.09)
     for seed, order in ((1, 1), (1, 2), (2, 1)):
         for arm, end in ends.items():
-            name = arm if arm in ("control", "random") else "filtered"
-            run = mix.named(foretell.run_of(mix.CONDITION, name, seed, order, False), arm)
+            run = foretell.run_of(mix.CONDITION, arm, seed, order, False)
             last = end + 0.01 * seed * (arm == "filtered")
             lines[tuple(run)] = dict(iter=[0, 200, 400], test_loss=[5.0, last + 0.3, last])
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in mix.table(lines, False).splitlines()[2:]]
-    sign, alone, within_domains, less, _ = rows
+    sign, alone, within_domains, less, *_ = rows
     assert sign[:3] == ["the sign", "2", "3"] and sign[3].startswith("−0.0367 ± ") and sign[4].startswith("−0.0350 ± ")
     assert alone[3:5] == ["−0.0200 ± 0.0000"] * 2 and within_domains[3:5] == ["−0.0100 ± 0.0000"] * 2
     assert less[0] == "the sign − the mix of domains alone" and less[3].startswith("−0.0167 ± ")
     # the references' final loss, 0.02 above the arm's, came that much earlier
     assert alone[5].startswith(f"+{100 * (1 - (400 - 200 * 0.02 / 0.3) / 400):.0f} ± ")
+    head, _, *curves = mix.curves_table(lines).splitlines()
+    assert head == "| dropped by | iteration 200 | iteration 400 |"
+    assert curves[1] == "| the mix of domains alone | −0.0200 ± 0.0000 | −0.0200 ± 0.0000 |"
     assert mix.table(lines, True) == "no order has all five arms yet"
 
 
@@ -135,4 +130,4 @@ def test_why_md_shows_the_tables(monkeypatch, capsys):
     mix.main()
     made = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     with open(f"{ROOT}/study/why.md", encoding="utf-8") as file:
-        assert len(made) == 24 and not set(made) - set(file.read().splitlines())
+        assert len(made) == 31 and not set(made) - set(file.read().splitlines())

@@ -311,7 +311,17 @@ def small_filters(small, monkeypatch):
     monkeypatch.setattr(filters_tables, "SHARES", (0.3,))
     monkeypatch.setattr(foretell, "ProcessPoolExecutor", AtOnce)
     # every scored run and an arm of each kind, once
-    kinds = ("control", "random", "sign", "highest quarter", "model", "one DSIR", "three both", "beyond error")
+    kinds = (
+        "control",
+        "random",
+        "sign",
+        "highest quarter",
+        "model",
+        "one sign",
+        "one DSIR",
+        "three both",
+        "beyond error",
+    )
     plan = [
         (range(1, 2), values, [arm for arm in arms if arm[1] in kinds and arm[2] != 0.25])
         for _, values, arms in filters.rounds_of("tiny")
@@ -377,6 +387,12 @@ def test_the_arms_of_the_filters_and_their_tables(small_filters, monkeypatch, ca
     gap = arms["main", "sign", 0.0]["test_loss"] - arms["main", "control", 0.0]["test_loss"]
     assert f"{gap:+.4f}".replace("-", "−") in row and os.path.isfile("filters.png")
     assert "| negative beyond its error |" in printed and "| DSIR, as many |" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("| one | DSIR |"))
+    less = [
+        arms["main", "one DSIR", 0.0][key] - arms["main", "one sign", 0.0][key]
+        for key in ("test_loss_one", "test_loss")
+    ]
+    assert row == f"| one | DSIR | {less[0]:+.4f} | {less[1]:+.4f} | 1 |".replace("-", "−")
 
 
 def test_the_filters_need_a_source_that_they_know(monkeypatch):
