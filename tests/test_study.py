@@ -21,7 +21,9 @@ import filters  # noqa: E402
 import filters_tables  # noqa: E402
 import foretell  # noqa: E402
 import foretell_tables  # noqa: E402
+import selection  # noqa: E402
 import tables  # noqa: E402
+import trial_defaults  # noqa: E402
 
 import prepare_owt  # noqa: E402
 import study  # noqa: E402
@@ -213,9 +215,17 @@ def test_the_readme_shows_the_tables_that_tables_py_makes(tmp_path, monkeypatch,
     assert len(rows) > 100 and not [row for row in rows if not any(left_out_columns(row, whole) for whole in made)]
 
 
-@pytest.mark.parametrize("page, script", [("foretell.md", foretell_tables), ("filters.md", filters_tables)])
-def test_a_page_shows_the_tables_that_its_script_makes(page, script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [page, f"--out={tmp_path}"])
+@pytest.mark.parametrize(
+    "page, script, flag",
+    [
+        ("foretell.md", foretell_tables, "--out={}"),
+        ("filters.md", filters_tables, "--out={}"),
+        ("selection.md", selection, "--tables"),
+        ("trial_defaults.md", trial_defaults, "--tables"),
+    ],
+)
+def test_a_page_shows_the_tables_that_its_script_makes(page, script, flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [page, flag.format(tmp_path)])
     script.main()
     made = set(capsys.readouterr().out.splitlines())
     with open(f"{ROOT}/study/{page}", encoding="utf-8") as file:
