@@ -315,6 +315,29 @@ def run_all(pool, function, runs, path):
         print(*run, f"{found['seconds']:.1f} s", flush=True)
 
 
+def parser_of(doc, name, first_seed, seeds, orders):
+    """The arguments of a study that goes on from this one, with its lines in study/`name`.jsonl; see `parsed`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="print the tables of the lines so far, and run nothing")
+    parser.add_argument("--minipile", help="a file of texts with their domains, as for foretell.py")
+    parser.add_argument("--wildpile", help="a large one, as found")
+    parser.add_argument("--first_seed", type=int, default=first_seed)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--orders", type=int, default=orders, help="of the trials")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--results", default=f"{HERE}/{name}.jsonl")
+    parser.add_argument("--known", default=f"{HERE}/foretell.jsonl", help="the lines of foretell.py, for the tables")
+    return parser
+
+
+def parsed(parser):
+    """The arguments of the command line; ends with a message where there are neither texts nor --tables."""
+    args = parser.parse_args()
+    if not args.tables and not (args.minipile and args.wildpile):
+        parser.error("name both --minipile and --wildpile, or give --tables")
+    return args
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minipile", required=True, help="a file of texts with their domains")

@@ -12,14 +12,23 @@ Every run is a run of train.py. When it has ended, one JSON line about it joins 
 there or in foretell.jsonl, is not run again.
 """
 
-import argparse
 import os
 import time
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 import foretell
 import numpy as np
-from foretell import CONDITIONS, HERE, make_corpora, prepare_worker, run_all, run_of, scored_folder, workers
+from foretell import (
+    CONDITIONS,
+    make_corpora,
+    parsed,
+    parser_of,
+    prepare_worker,
+    run_all,
+    run_of,
+    scored_folder,
+    workers,
+)
 from foretell_tables import REFERENCES, by_seed, effects, orders_of, read_lines, said
 from tables import markdown, saving
 
@@ -79,34 +88,37 @@ def run_arm(run):
 # The table.
 
 
-def cells_of(arm, orders, target):
-    """Scored runs, orders, the effect over orders and over scored runs, and, with a curve, the iterations saved."""
-    found = effects(orders, target, arm)
-    cells = [str(len({seed for seed, _ in orders})), str(len(orders)), said(found), said(by_seed(found, orders))]
-    curves = [(order[arm], np.mean([order[name][target] for name in REFERENCES], 0)) for order in orders.values()]
-    if len(curves[0][1]) > 2:
-        saved = [saving(ours["iter"], ours[target], theirs) for ours, theirs in curves]
-        cells.append(said(by_seed(np.multiply(100, saved), orders), "{:+.0f}"))
-    return cells
+def saved_by(arm, orders):
+    """The iterations that a retrained arm saves, in percent: one number an order."""
+    target, found = CONDITION.target, []
+    for order in orders.values():
+        references = np.mean([order[name][target] for name in REFERENCES], 0)
+        found.append(100 * saving(order[arm]["iter"], order[arm][target], references))
+    return found
 
 
-def table(lines, trial):
-    orders, target = orders_of(lines, CONDITION, trial, (*REFERENCES, *ARMS)), CONDITION.target
+def table(orders, trial):
+    """The effects of the arms at the end, and of each pair of arms; of a retraining, what they save too."""
     if not orders:
         return "no order has all five arms yet"
-    rows = [[label, *cells_of(arm, orders, target)] for arm, label in ARMS.items()]
-    counts, empty = rows[0][1:3], [] if trial else [""]
-    for ours, theirs in combinations(ARMS, 2):  # paired
-        less = [order[ours][target][-1] - order[theirs][target][-1] for order in orders.values()]
-        rows.append([f"{ARMS[ours]} − {ARMS[theirs]}", *counts, said(less), said(by_seed(less, orders)), *empty])
+    last = {arm: np.array([order[arm][CONDITION.target][-1] for order in orders.values()]) for arm in ARMS}
+    found = {label: effects(orders, CONDITION.target, arm) for arm, label in ARMS.items()}
+    found |= {f"{ARMS[ours]} − {ARMS[theirs]}": last[ours] - last[theirs] for ours, theirs in combinations(ARMS, 2)}
+    counts = [str(len({seed for seed, _ in orders})), str(len(orders))]
+    rows = [[label, *counts, said(each), said(by_seed(each, orders))] for label, each in found.items()]
     head = ["dropped by", "scored runs", "orders", "nats, ± over orders", "nats, ± over scored runs"]
-    return markdown(head if trial else [*head, "iterations saved, %"], rows)
+    if not trial:
+        head.append("iterations saved, %")
+        saved = [said(by_seed(saved_by(arm, orders), orders), "{:+.0f}") for arm in ARMS]
+        rows = [[*row, cell] for row, cell in zip_longest(rows, saved, fillvalue="")]
+    return markdown(head, rows)
 
 
-def curves_table(lines):
+def curves_table(orders):
     """The effects along the retraining, means of the scored runs."""
-    orders, target = orders_of(lines, CONDITION, False, (*REFERENCES, *ARMS)), CONDITION.target
-    iters = next(iter(orders.values()))["control"]["iter"]
+    if not orders:
+        return ""
+    target, iters = CONDITION.target, next(iter(orders.values()))["control"]["iter"]
     rows = []
     for arm, label in ARMS.items():
         along = np.array([order[arm][target] for order in orders.values()])
@@ -128,26 +140,15 @@ def domains_table(scored):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="print the tables of the lines so far, and run nothing")
-    parser.add_argument("--minipile", help="a file of texts with their domains, as for foretell.py")
-    parser.add_argument("--wildpile", help="a large one, as found")
-    parser.add_argument("--first_seed", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--orders", type=int, default=4)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
-    parser.add_argument("--results", default=f"{HERE}/mix.jsonl")
-    parser.add_argument("--known", default=f"{HERE}/foretell.jsonl", help="the lines of foretell.py")
-    args = parser.parse_args()
+    args = parsed(parser_of(__doc__, "mix", first_seed=1, seeds=10, orders=4))
     known = read_lines(args.known)
     if args.tables:
-        own = read_lines(args.results)
-        print(f"## Retrained\n\n{table(known | own, False)}\n{curves_table(known | own)}")
-        print(f"## In a trial\n\n{table(known | own, True)}")
+        own, arms = read_lines(args.results), (*REFERENCES, *ARMS)
+        retrained, trials = (orders_of(known | own, CONDITION, trial, arms) for trial in (False, True))
+        print(f"## Retrained\n\n{table(retrained, False)}\n{curves_table(retrained)}")
+        print(f"## In a trial\n\n{table(trials, True)}")
         print(f"## Domains\n\n{domains_table([line for run, line in own.items() if len(run) == 3])}")
         return
-    if not (args.minipile and args.wildpile):
-        parser.error("name both --minipile and --wildpile, or give --tables")
     make_corpora(args.minipile, args.wildpile)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     runs = [run for run in plan(seeds, args.orders) if tuple(run) not in known]

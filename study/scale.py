@@ -14,7 +14,6 @@ Every run is a run of train.py. When it has ended, one JSON line about it joins 
 is not run again, so a study that was interrupted goes on; the scored runs stay in out/ for their arms.
 """
 
-import argparse
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -22,7 +21,18 @@ import filters
 import foretell
 import matplotlib
 import numpy as np
-from foretell import CONDITIONS, HERE, ITERATIONS, arms_of, make_corpora, run_all, run_of, workers
+from foretell import (
+    CONDITIONS,
+    HERE,
+    ITERATIONS,
+    arms_of,
+    make_corpora,
+    parsed,
+    parser_of,
+    run_all,
+    run_of,
+    workers,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -201,25 +211,14 @@ def draw(drawn, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="the table and the figure of the lines so far; no run")
-    parser.add_argument("--minipile", help="a file of texts with their domains, as for foretell.py")
-    parser.add_argument("--wildpile", help="a large one, as found")
+    parser = parser_of(__doc__, "scale", first_seed=1, seeds=3, orders=4)
     parser.add_argument("--conditions", nargs="+", choices=CHOSEN, default=CHOSEN, metavar="NAME")
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES)[1:], default=["1M", "4M"], metavar="SIZE")
-    parser.add_argument("--first_seed", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--orders", type=int, default=4)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
-    parser.add_argument("--results", default=f"{HERE}/scale.jsonl")
-    parser.add_argument("--known", default=f"{HERE}/foretell.jsonl", help="the lines of foretell.py, for the table")
-    parser.add_argument("--out", default=HERE, help="the folder for the figure")
-    args = parser.parse_args()
+    parser.add_argument("--out", default=HERE, help="the folder for the figure, which --tables draws too")
+    args = parsed(parser)
     if args.tables:
         show(read_lines(args.results), read_lines(args.known), args.orders, f"{args.out}/scale.png")
         return
-    if not (args.minipile and args.wildpile):
-        parser.error("name both --minipile and --wildpile, or give --tables")
     make_corpora(args.minipile, args.wildpile)
     conditions = [CHOSEN[name] for name in args.conditions]
     with workers(args.jobs, begin_worker) as pool:

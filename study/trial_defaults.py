@@ -12,7 +12,6 @@ Every run is a run of train.py. When it has ended, one JSON line about it joins 
 has a line is not run again, so a study that was interrupted goes on; the scored runs stay in out/ for their arms.
 """
 
-import argparse
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -20,7 +19,18 @@ import filters
 import foretell
 import numpy as np
 import torch
-from foretell import CLEAN, CONDITIONS, HERE, ITERATIONS, make_corpora, run_all, run_of, run_scored, workers
+from foretell import (
+    CLEAN,
+    CONDITIONS,
+    ITERATIONS,
+    make_corpora,
+    parsed,
+    parser_of,
+    run_all,
+    run_of,
+    run_scored,
+    workers,
+)
 from foretell_tables import effects, orders_of, read_lines, said
 from tables import markdown
 
@@ -219,18 +229,9 @@ def print_tables(lines, known):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="print the tables of the lines so far, and run nothing")
-    parser.add_argument("--minipile", help="a file of texts with their domains, as for foretell.py")
-    parser.add_argument("--wildpile", help="a large one, as found")
-    parser.add_argument("--first_seed", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--orders", type=int, default=2, help="of the trials")
+    parser = parser_of(__doc__, "trial_defaults", first_seed=4, seeds=2, orders=2)
     parser.add_argument("--retrainings", type=int, default=2, help="orders of the retraining")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
-    parser.add_argument("--results", default=f"{HERE}/trial_defaults.jsonl")
-    parser.add_argument("--known", default=f"{HERE}/foretell.jsonl", help="the lines of foretell.py, for the tables")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.tables:
         print_tables(read_lines(args.results), read_lines(args.known))
         return

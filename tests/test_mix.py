@@ -104,17 +104,20 @@ def test_the_tables_of_effects_that_are_known():
             run = foretell.run_of(mix.CONDITION, arm, seed, order, False)
             last = end + 0.01 * seed * (arm == "filtered")
             lines[tuple(run)] = dict(iter=[0, 200, 400], test_loss=[5.0, last + 0.3, last])
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in mix.table(lines, False).splitlines()[2:]]
+    retrained, none = (
+        mix.orders_of(lines, mix.CONDITION, trial, (*mix.REFERENCES, *mix.ARMS)) for trial in (False, True)
+    )
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in mix.table(retrained, False).splitlines()[2:]]
     sign, alone, within_domains, less, *_ = rows
     assert sign[:3] == ["the sign", "2", "3"] and sign[3].startswith("−0.0367 ± ") and sign[4].startswith("−0.0350 ± ")
     assert alone[3:5] == ["−0.0200 ± 0.0000"] * 2 and within_domains[3:5] == ["−0.0100 ± 0.0000"] * 2
     assert less[0] == "the sign − the mix of domains alone" and less[3].startswith("−0.0167 ± ")
     # the references' final loss, 0.02 above the arm's, came that much earlier
     assert alone[5].startswith(f"+{100 * (1 - (400 - 200 * 0.02 / 0.3) / 400):.0f} ± ")
-    head, _, *curves = mix.curves_table(lines).splitlines()
+    head, _, *curves = mix.curves_table(retrained).splitlines()
     assert head == "| dropped by | iteration 200 | iteration 400 |"
     assert curves[1] == "| the mix of domains alone | −0.0200 ± 0.0000 | −0.0200 ± 0.0000 |"
-    assert mix.table(lines, True) == "no order has all five arms yet"
+    assert mix.table(none, True) == "no order has all five arms yet" and not mix.curves_table(none)
 
 
 def test_a_study_without_texts_says_what_it_needs(tmp_path, monkeypatch, capsys):
